@@ -1,0 +1,1 @@
+"""Backends: one file each. To add one, see docs/adding-a-strategy.md."""

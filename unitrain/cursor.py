@@ -1,0 +1,108 @@
+"""The clock of a run, and all that follows from it: sample order, rank slices and random keys.
+
+Everything here is a pure function of (seed, step). Nothing needs saving but the step, and nothing depends on
+how many ranks there are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ROUNDS = 4  # Luby and Rackoff (1988): four Feistel rounds make a strong pseudo-random permutation
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """How far a run has come: optimizer steps, samples and tokens consumed."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+    def advanced(self, samples: int, tokens: int) -> Cursor:
+        """The clock one step later."""
+        return Cursor(self.step + 1, self.samples + samples, self.tokens + tokens)
+
+
+def sample_ids(seed: int, step: int, global_batch: int, size: int) -> NDArray[np.int64]:
+    """Ids of the samples of one global batch, shape (global_batch,), int64.
+
+    The ids of all steps in order run through every sample of 0..size-1 once per epoch, in an order of its own
+    each epoch. Costs O(global_batch) at any step and for any size.
+    """
+    positions = np.arange(step * global_batch, (step + 1) * global_batch, dtype=np.int64)
+    epochs, places = np.divmod(positions, size)
+    ids = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        ids[chosen] = permute(places[chosen], size, mix(seed, int(epoch)))
+    return ids
+
+
+def permute(places: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
+    """A keyed permutation of range(size), evaluated at `places`.
+
+    A balanced Feistel network over the next power of four, with cycle walking (Black and Rogaway, "Ciphers with
+    Arbitrary Finite Domains", 2002) for sizes in between: at most four tries a place on average.
+    """
+    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    keys = [np.uint64(mix(key, number)) for number in range(_ROUNDS)]
+    values = places.astype(np.uint64)
+    outside = np.ones(values.shape, dtype=bool)
+    while outside.any():
+        values[outside] = _feistel(values[outside], half, keys)
+        outside = values >= np.uint64(size)
+    return values.astype(np.int64)
+
+
+def _feistel(values: NDArray[np.uint64], half: int, keys: list[np.uint64]) -> NDArray[np.uint64]:
+    shift, low = np.uint64(half), np.uint64((1 << half) - 1)
+    left, right = values >> shift, values & low
+    for key in keys:
+        left, right = right, left ^ (_scramble(right ^ key) & low)
+    return (left << shift) | right
+
+
+def _scramble(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), over an array."""
+    with np.errstate(over="ignore"):
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def mix(*parts: int) -> int:
+    """One 64-bit key from whole numbers; every bit of every part counts."""
+    state = 0
+    for part in parts:
+        state = (state + part + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
+
+
+def rank_rows(rows: int, rank: int, size: int) -> range:
+    """The rows of a global batch that a rank holds: contiguous, as even as whole rows allow."""
+    return range(rank * rows // size, (rank + 1) * rows // size)
+
+
+def micro_rows(rows: range, num_micro: int) -> list[range]:
+    """A rank's rows in `num_micro` consecutive parts; some are empty when rows are fewer."""
+    count = len(rows)
+    return [
+        rows[number * count // num_micro : (number + 1) * count // num_micro] for number in range(num_micro)
+    ]
+
+
+def num_microbatches(rows: int, size: int, micro_batch: int | None) -> int:
+    """How many micro-batches every rank runs, so that none holds more than `micro_batch` rows.
+
+    The same on all ranks: they must meet in the same collectives, whatever share of the rows they hold.
+    """
+    most = -(-rows // size)
+    return 1 if micro_batch is None else max(1, -(-most // micro_batch))

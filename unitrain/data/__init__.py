@@ -1,0 +1,7 @@
+"""Where samples come from: a Source fetches named arrays by id, and knows nothing of ranks or order."""
+
+from __future__ import annotations
+
+from .source import DatasetSource, Source
+
+__all__ = ["DatasetSource", "Source"]

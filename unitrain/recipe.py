@@ -1,0 +1,210 @@
+"""What a run is: frozen dataclasses, the schema of a recipe file and the only form that code sees.
+
+`unitrain.recipe_file` reads YAML into these; this module knows no file format. Each field carries the sentence
+that the reference prints (`help`), and each class checks its own values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from .errors import RecipeError
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
+OPTIMIZERS = ("adamw", "sgd")
+
+
+def key(default: Any, help: str, *, name: str | None = None) -> Any:
+    """A field with its help; `name` is its key in YAML where Python cannot spell it."""
+    return field(default=default, metadata={"help": help, "key": name})
+
+
+def mapping(help: str) -> Any:
+    """A field for free keys, empty unless given."""
+    return field(default_factory=lambda: MappingProxyType({}), metadata={"help": help, "key": None})
+
+
+def section(kind: type, help: str) -> Any:
+    """A nested group of keys, at its defaults unless given."""
+    return field(default_factory=kind, metadata={"help": help, "key": None})
+
+
+def required(help: str) -> Any:
+    """A field that the recipe must give."""
+    return field(metadata={"help": help, "key": None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """The model by name, with options of its own."""
+
+    name: str = key("", "a built-in model (`gpt`, `mlp`, `convnet`), or any word that your Trainer understands")
+    options: Mapping[str, Any] = mapping("all other keys under `model:`; the model's own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    """The data source by name, with options of its own."""
+
+    name: str = key("", "a built-in source (`text`, `tokens`, `arrays`, `digits`), or your Trainer's own")
+    options: Mapping[str, Any] = mapping("all other keys under `data:`; the source's own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerRecipe:
+    """The optimizer; the same mathematics on every strategy."""
+
+    name: str = key("adamw", "`adamw` (torch's definition) or `sgd`")
+    lr: float = key(1e-3, "learning rate at the top of the schedule")
+    betas: tuple[float, float] = key((0.9, 0.999), "AdamW's decay rates of the first and second moment")
+    eps: float = key(1e-8, "AdamW's term outside the square root")
+    momentum: float = key(0.0, "SGD's momentum")
+    weight_decay: float = key(0.0, "decoupled for AdamW, added to the gradient for SGD, as in torch")
+    decay: str = key("all", "which parameters decay: `all`, or `matrices` (two or more dimensions: no norms, no biases)")
+    clip: float | None = key(None, "largest global L2 norm of the gradient; null: no clipping")
+
+    def __post_init__(self) -> None:
+        one_of("optimizer.name", self.name, OPTIMIZERS)
+        one_of("optimizer.decay", self.decay, ("all", "matrices"))
+        at_least("optimizer.lr", self.lr, 0)
+        at_least("optimizer.weight_decay", self.weight_decay, 0)
+        above("optimizer.eps", self.eps, 0)
+        if self.clip is not None:
+            above("optimizer.clip", self.clip, 0)
+        for number, beta in enumerate(self.betas):
+            if not 0 <= beta < 1:
+                raise RecipeError(f"optimizer.betas[{number}] is {beta}; it must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleRecipe:
+    """The learning rate as a pure function of the step."""
+
+    name: str = key("constant", "`constant`, `linear`, `cosine` or `wsd` (warm up, stay, decay)")
+    warmup_steps: int = key(0, "steps of linear rise from 0 to `optimizer.lr`")
+    decay_steps: int | None = key(None, "steps of the decay; null: to the end (`wsd`: the last tenth)")
+    final: float = key(0.0, "learning rate at the end, as a share of `optimizer.lr`")
+
+    def __post_init__(self) -> None:
+        one_of("schedule.name", self.name, SCHEDULES)
+        at_least("schedule.warmup_steps", self.warmup_steps, 0)
+        if self.decay_steps is not None:
+            at_least("schedule.decay_steps", self.decay_steps, 1)
+        if not 0 <= self.final <= 1:
+            raise RecipeError(f"schedule.final is {self.final}; it is a share of optimizer.lr, from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRecipe:
+    """How long, how wide, how precise."""
+
+    steps: int = key(100, "optimizer steps of the whole run")
+    global_batch: int = key(32, "samples of one optimizer step over all ranks; never changes with the number of ranks")
+    micro_batch: int | None = key(None, "most rows of one forward pass on one rank; null: all rows that the rank holds")
+    precision: str = key("fp32", "`fp32`, `bf16` or `fp16` compute; parameters and moments stay fp32")
+    seed: int = key(0, "of the initial weights, the sample order and the random keys")
+    log_every: int = key(10, "steps between lines of metrics.jsonl")
+    eval_every: int | None = key(None, "steps between evaluations; null: only at the end; 0: never")
+    eval_batches: int | None = key(None, "global batches of one evaluation; null: the whole split")
+
+    def __post_init__(self) -> None:
+        one_of("train.precision", self.precision, PRECISIONS)
+        at_least("train.steps", self.steps, 0)
+        at_least("train.global_batch", self.global_batch, 1)
+        at_least("train.log_every", self.log_every, 1)
+        at_least("train.seed", self.seed, 0)
+        if self.micro_batch is not None:
+            at_least("train.micro_batch", self.micro_batch, 1)
+        if self.eval_every is not None:
+            at_least("train.eval_every", self.eval_every, 0)
+        if self.eval_batches is not None:
+            at_least("train.eval_batches", self.eval_batches, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyRecipe:
+    """On which backend."""
+
+    name: str = key("ddp", "see `unitrain list strategies`")
+    options: Mapping[str, Any] = mapping("the backend's own options, passed through untouched")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LauncherRecipe:
+    """How processes start."""
+
+    name: str = key("local", "see `unitrain list launchers`")
+    nodes: int = key(1, "machines")
+    nproc: int = key(1, "ranks on each machine")
+    options: Mapping[str, Any] = mapping("the launcher's own options")
+
+    def __post_init__(self) -> None:
+        at_least("launcher.nodes", self.nodes, 1)
+        at_least("launcher.nproc", self.nproc, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRecipe:
+    """When to save, and what to keep."""
+
+    every: int | None = key(None, "steps between checkpoints; null: only at the end; 0: never")
+    keep: int = key(3, "newest checkpoints to keep")
+    asynchronous: bool = key(True, "write behind the training; the step waits only for a copy", name="async")
+    path: str | None = key(None, "any fsspec URL; null: `checkpoints` in the run's folder")
+
+    def __post_init__(self) -> None:
+        at_least("checkpoint.keep", self.keep, 1)
+        if self.every is not None:
+            at_least("checkpoint.every", self.every, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that defines a run."""
+
+    name: str = key("run", "start of the run's id")
+    trainer: str = required("`module:Class` or `path/to/file.py:Class`, a subclass of unitrain.Trainer")
+    model: ModelRecipe = section(ModelRecipe, "what is trained")
+    data: DataRecipe = section(DataRecipe, "on what")
+    optimizer: OptimizerRecipe = section(OptimizerRecipe, "how parameters move")
+    schedule: ScheduleRecipe = section(ScheduleRecipe, "the learning rate over the run")
+    train: TrainRecipe = section(TrainRecipe, "how long, how wide, how precise")
+    strategy: StrategyRecipe = section(StrategyRecipe, "on which backend")
+    launcher: LauncherRecipe = section(LauncherRecipe, "how processes start")
+    checkpoint: CheckpointRecipe = section(CheckpointRecipe, "when to save, and what to keep")
+
+    def __post_init__(self) -> None:
+        # A run id becomes folder, job and pod names: letters, digits, dot, dash and underscore only.
+        if not self.name or not all(c.isascii() and (c.isalnum() or c in "._-") for c in self.name) or len(self.name) > 63:
+            raise RecipeError(f"name is {self.name!r}; use at most 63 letters, digits, '.', '_' and '-'")
+        if not self.name[0].isalnum():
+            raise RecipeError(f"name is {self.name!r}; it must start with a letter or a digit")
+        if ":" not in self.trainer:
+            raise RecipeError(f"trainer is {self.trainer!r}; write module:Class or path/to/file.py:Class")
+
+    def replace(self, **changes: Any) -> Recipe:
+        """A copy with other values: `recipe.replace(train=...)`."""
+        return dataclasses.replace(self, **changes)
+
+
+def one_of(where: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise RecipeError unless the value is a known word."""
+    if value not in known:
+        raise RecipeError(f"{where} is {value!r}; it must be one of {', '.join(known)}")
+
+
+def at_least(where: str, value: float, least: float) -> None:
+    """Raise RecipeError for a value below the least (a NaN is below everything)."""
+    if not value >= least:
+        raise RecipeError(f"{where} is {value}; it must be at least {least}")
+
+
+def above(where: str, value: float, bound: float) -> None:
+    """Raise RecipeError unless the value is above the bound."""
+    if not value > bound:
+        raise RecipeError(f"{where} is {value}; it must be above {bound}")

@@ -1,0 +1,125 @@
+"""Names of strategies, launchers, tasks, models, data sources: each a string until somebody asks for it.
+
+Third parties add to the first two by the entry-point groups `unitrain.strategies` and `unitrain.launchers`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from types import MappingProxyType
+from typing import Any
+
+from .errors import MissingExtra, UnknownName, UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Where a name lives and what it needs."""
+
+    path: str  # "module:Class"
+    summary: str
+    framework: str = ""
+    requires: str = ""  # the import name of a package that must be there
+    package: str = ""  # its name for people
+    extra: str = ""  # the extra that installs it
+    preload: tuple[str, ...] = ()  # what a warm process imports before it forks ranks
+    fork: bool = True  # False: the framework starts threads at import
+
+    @property
+    def installed(self) -> bool:
+        """True when what the entry requires can be imported."""
+        return not self.requires or importlib.util.find_spec(self.requires) is not None
+
+
+_TORCH = ("torch", "torch._dynamo", "torch.nn.parallel", "unitrain.strategies._torch", "unitrain.trainer", "unitrain.worker")
+
+STRATEGIES: Mapping[str, Entry] = MappingProxyType({
+    "single": Entry(
+        path="unitrain.strategies.single:Single",
+        summary="one process, the reference for all others",
+        framework="torch",
+        preload=_TORCH,
+    ),
+    "ddp": Entry(
+        path="unitrain.strategies.ddp:DDP",
+        summary="PyTorch DDP: every rank holds the whole model",
+        framework="torch",
+        preload=_TORCH,
+    ),
+    "fsdp2": Entry(
+        path="unitrain.strategies.fsdp2:FSDP2",
+        summary="PyTorch FSDP2: parameters, gradients and moments sharded over the ranks",
+        framework="torch",
+        preload=(*_TORCH, "torch.distributed.fsdp"),
+    ),
+})  # fmt: skip
+
+LAUNCHERS: Mapping[str, Entry] = MappingProxyType({
+    "local": Entry(path="unitrain.launchers.local:Local", summary="ranks on this machine, started by our agent"),
+    "torchrun": Entry(
+        path="unitrain.launchers.torchrun:Torchrun", summary="ranks on this machine under torch's elastic agent"
+    ),
+})  # fmt: skip
+
+# configuration classes: the schema of `model:` and `data:` for the built-in names
+MODELS: Mapping[str, Entry] = MappingProxyType({
+    "gpt": Entry(path="unitrain.models.config:GPT", summary="decoder-only transformer: RMSNorm, RoPE, SwiGLU"),
+    "mlp": Entry(path="unitrain.models.config:MLP", summary="fully connected layers"),
+    "convnet": Entry(path="unitrain.models.config:ConvNet", summary="small residual convolutional network"),
+})  # fmt: skip
+
+SOURCES: Mapping[str, Entry] = MappingProxyType({
+    "text": Entry(path="unitrain.data.text:TextData", summary="text files, folders and globs; the corpus python-stdlib"),
+    "tokens": Entry(path="unitrain.data.tokens:TokensData", summary="memory-mapped uint16 or uint32 token files"),
+    "arrays": Entry(path="unitrain.data.arrays:ArraysData", summary="named arrays of an npz file"),
+    "digits": Entry(
+        path="unitrain.data.digits:DigitsData",
+        summary="scikit-learn's handwritten digits",
+        requires="sklearn",
+        package="scikit-learn",
+        extra="digits",
+    ),
+})  # fmt: skip
+
+
+def entries(group: str) -> dict[str, Entry]:
+    """The built-in entries of a group ("strategies" or "launchers") and those of installed third parties."""
+    built_in = {"strategies": STRATEGIES, "launchers": LAUNCHERS, "models": MODELS, "sources": SOURCES}[group]
+    found = dict(built_in)
+    for point in entry_points(group=f"unitrain.{group}"):
+        if point.name in found:
+            raise UserError(
+                f"the installed package of entry point {point.value!r} takes the name {point.name!r}, which "
+                f"{found[point.name].path} has already: one of them must be renamed or removed"
+            )
+        found[point.name] = Entry(path=point.value, summary=f"from {point.value.partition('.')[0]}", fork=False)
+    return found
+
+
+def entry(group: str, name: str) -> Entry:
+    """The entry of that name. Raises UnknownName with the known ones, or MissingExtra with how to install it."""
+    known = entries(group)
+    if name not in known:
+        raise UnknownName(_SINGULAR[group], name, known)
+    found = known[name]
+    if not found.installed:
+        raise MissingExtra(f"{_SINGULAR[group]} {name!r}", found.package, found.extra)
+    return found
+
+
+def load(group: str, name: str) -> Any:
+    """The class of that name, imported now."""
+    return resolve(entry(group, name).path)
+
+
+def resolve(path: str) -> Any:
+    """The object at "module:Class"."""
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+_SINGULAR = {"strategies": "strategy", "launchers": "launcher", "models": "model", "sources": "data source"}

@@ -1,0 +1,144 @@
+"""Who am I among the ranks: the only reader of the process environment.
+
+Our agent sets the variables that torchrun sets, so that a plain torch script runs under either. A worker
+started by srun or mpirun alone finds its place from theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import UserError
+
+LOOPBACK = "127.0.0.1"
+
+# variable names of each starter, in the order in which they are tried
+STARTERS: dict[str, dict[str, str]] = {
+    "torchrun": {
+        "rank": "RANK",
+        "size": "WORLD_SIZE",
+        "local_rank": "LOCAL_RANK",
+        "local_size": "LOCAL_WORLD_SIZE",
+        "node": "GROUP_RANK",
+        "nodes": "GROUP_WORLD_SIZE",
+        "generation": "TORCHELASTIC_RESTART_COUNT",
+    },
+    "mpirun": {
+        "rank": "OMPI_COMM_WORLD_RANK",
+        "size": "OMPI_COMM_WORLD_SIZE",
+        "local_rank": "OMPI_COMM_WORLD_LOCAL_RANK",
+        "local_size": "OMPI_COMM_WORLD_LOCAL_SIZE",
+    },
+    "srun": {
+        "rank": "SLURM_PROCID",
+        "size": "SLURM_NTASKS",
+        "local_rank": "SLURM_LOCALID",
+        "node": "SLURM_NODEID",
+        "nodes": "SLURM_NNODES",
+        "generation": "SLURM_RESTART_COUNT",
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """One rank's place in the run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    node: int = 0
+    nodes: int = 1
+    coordinator: str = ""  # host:port on which rank 0 listens; empty when alone
+    generation: int = 0  # +1 on every restart of the group
+    starter: str = "alone"  # what started this rank: agent, torchrun, mpirun, srun, alone
+    threads: int | None = None  # intra-op CPU threads; None leaves the framework's default
+    agent_fd: int | None = None  # our agent listens here, one JSON object a line
+
+    @property
+    def first(self) -> bool:
+        """True on the rank that speaks for the run."""
+        return self.rank == 0
+
+    @property
+    def coordinator_address(self) -> tuple[str, int]:
+        """Host and port on which rank 0 listens."""
+        host, _, port = self.coordinator.rpartition(":")
+        return host, int(port)
+
+    def tell_agent(self, **message: Any) -> None:
+        """Send one message to the agent, if one listens. A vanished agent is not an error of the rank."""
+        if self.agent_fd is None:
+            return
+        line = json.dumps(message) + "\n"
+        try:
+            os.write(self.agent_fd, line.encode())
+        except BrokenPipeError:
+            pass  # the agent is gone: the run itself may still finish
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> World:
+        """The place that the starter of this process gave it; alone when there is none.
+
+        Raises UserError when the variables contradict each other.
+        """
+        environ = os.environ if environ is None else environ
+        starter = _starter(environ)
+        threads = _integer(environ, "OMP_NUM_THREADS") if "OMP_NUM_THREADS" in environ else None
+        if starter is None:
+            return cls(threads=threads)
+        names = STARTERS[starter]
+        found = {field: _integer(environ, name) for field, name in names.items() if environ.get(name)}
+        rank, size = found["rank"], found["size"]
+        if not 0 <= rank < size:
+            raise UserError(f"{names['rank']}={rank} does not fit {names['size']}={size}: ranks count from 0")
+        found.setdefault("local_size", size // max(found.get("nodes", 1), 1))
+        found.setdefault("local_rank", rank % max(found["local_size"], 1))
+        found.setdefault("nodes", max(size // max(found["local_size"], 1), 1))
+        found.setdefault("node", rank // max(found["local_size"], 1))
+        agent_fd = _integer(environ, "UNITRAIN_AGENT_FD") if "UNITRAIN_AGENT_FD" in environ else None
+        return cls(
+            **found,
+            coordinator=_coordinator(environ, starter, found["nodes"]) if size > 1 else "",
+            starter="agent" if agent_fd is not None else starter,
+            threads=threads,
+            agent_fd=agent_fd,
+        )
+
+
+def _starter(environ: Mapping[str, str]) -> str | None:
+    """The first starter whose rank and size are both set; srun also needs a step (an sbatch script is no rank)."""
+    for starter, names in STARTERS.items():
+        rank, size = names["rank"] in environ, names["size"] in environ
+        if starter == "srun" and environ.get("SLURM_STEP_ID") in (None, "", "4294967291"):
+            continue  # salloc and batch shells carry SLURM_PROCID too
+        if rank and size:
+            return starter
+        if starter == "torchrun" and rank != size:
+            there, absent = (names["rank"], names["size"]) if rank else (names["size"], names["rank"])
+            raise UserError(f"{there} is set but {absent} is not: set both, or neither to run alone")
+    return None
+
+
+def _coordinator(environ: Mapping[str, str], starter: str, nodes: int) -> str:
+    host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
+    if host and port:
+        return f"{host}:{port}"
+    if nodes > 1:
+        raise UserError(f"{nodes} nodes were started by {starter}, but MASTER_ADDR and MASTER_PORT are not both set")
+    # One node: any port that all its ranks derive alike and two jobs rarely share.
+    job = environ.get("SLURM_JOB_ID") or str(os.getppid())
+    return f"{LOOPBACK}:{20000 + int(job) % 10000}"
+
+
+def _integer(environ: Mapping[str, str], name: str) -> int:
+    text = environ[name]
+    try:
+        return int(text.split(",")[0])  # OMP_NUM_THREADS may list a number per nesting level
+    except ValueError:
+        raise UserError(f"the environment has {name}={text!r}, which is not a whole number") from None
