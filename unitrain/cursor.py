@@ -63,11 +63,11 @@ def _feistel(values: NDArray[np.uint64], half: int, keys: list[np.uint64]) -> ND
     shift, low = np.uint64(half), np.uint64((1 << half) - 1)
     left, right = values >> shift, values & low
     for key in keys:
-        left, right = right, left ^ (_scramble(right ^ key) & low)
+        left, right = right, left ^ (scramble(right ^ key) & low)
     return (left << shift) | right
 
 
-def _scramble(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def scramble(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), over an array."""
     with np.errstate(over="ignore"):
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -94,9 +94,7 @@ def rank_rows(rows: int, rank: int, size: int) -> range:
 def micro_rows(rows: range, num_micro: int) -> list[range]:
     """A rank's rows in `num_micro` consecutive parts; some are empty when rows are fewer."""
     count = len(rows)
-    return [
-        rows[number * count // num_micro : (number + 1) * count // num_micro] for number in range(num_micro)
-    ]
+    return [rows[number * count // num_micro : (number + 1) * count // num_micro] for number in range(num_micro)]
 
 
 def num_microbatches(rows: int, size: int, micro_batch: int | None) -> int:

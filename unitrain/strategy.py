@@ -11,6 +11,7 @@ check and the update are all inside `Engine.update`, so that one definition hold
 
 from __future__ import annotations
 
+import resource
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -118,6 +119,11 @@ class LoadReport(NamedTuple):
 class StepOut(ABC):
     """What one update gave. Reading a value waits for the device; holding the object does not."""
 
+    @property
+    @abstractmethod
+    def loss(self) -> Any:
+        """Mean loss over the global batch, a scalar on the device."""
+
     @abstractmethod
     def read(self) -> dict[str, float]:
         """loss, weight, grad_norm, applied (1 or 0) and the loss function's own metrics, over the global batch.
@@ -183,6 +189,14 @@ class Strategy(ABC):
     @abstractmethod
     def close(self) -> None:
         """Leave the other ranks. Safe to call after a failure."""
+
+    def memory_bytes(self) -> int:
+        """Most memory that this rank held so far: of its device, or of its process where it has none."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def peak_flops(self) -> float | None:
+        """Dense bf16 FLOP/s of this rank's device, where known; for MFU."""
+        return None
 
 
 class Engine(ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .arrays import ArraySource
 from .source import DatasetSource, Source
 
-__all__ = ["DatasetSource", "Source"]
+__all__ = ["ArraySource", "DatasetSource", "Source"]

@@ -1,0 +1,93 @@
+"""Writes docs/recipe.md from the dataclasses that define a recipe: `python docs/generate.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from unitrain import registry
+from unitrain.recipe import Recipe
+from unitrain.recipe_file import NAMED
+from unitrain.schema import join, keys_of, phrase
+
+INTRODUCTION = """# Recipe reference
+
+A recipe is one YAML file that says all there is to a run. Every key but `trainer` has a default; `null` stands for
+"none" or "as the last column says". A key that is not listed here is an error, with its line and the nearest key.
+
+```yaml
+name: gpt-tiny
+trainer: unitrain.tasks:LanguageModel
+model: {name: gpt, size: tiny}
+data: {name: text, path: python-stdlib, seq_len: 128}
+optimizer: {name: adamw, lr: 1e-3, betas: [0.9, 0.95], weight_decay: 0.1, clip: 1.0}
+train: {steps: 300, global_batch: 32}
+strategy: {name: fsdp2}
+launcher: {name: local, nproc: 2}
+```
+
+- On the command line, `key=value` takes the place of the file's value: `unitrain launch recipe.yaml train.steps=50
+  'optimizer.betas=[0.9, 0.99]'`. The value is assigned whole: `'model={name: mlp}'` leaves nothing of the file's model.
+- `--strategy`, `--launcher`, `--nproc` and `--nodes` set `strategy.name`, `launcher.name`, `launcher.nproc` and
+  `launcher.nodes`. Another strategy or launcher than the file's starts without the file's `options` for the old one.
+- `${group.key}` stands for the value of another key. Nothing else can be looked up: recipes read neither the
+  environment nor run code.
+- `unitrain launch recipe.yaml --dry-run` prints the recipe with every default written out.
+- Relative paths start in the folder where `unitrain launch` runs; a trainer's file may also stand beside the recipe.
+"""
+
+
+def recipe_reference() -> str:
+    """The text of docs/recipe.md."""
+    hints = get_type_hints(Recipe)
+    groups = {key: hints[key] for key in keys_of(Recipe) if dataclasses.is_dataclass(hints[key])}
+    parts = [INTRODUCTION, "## Top level\n", _table(Recipe, "", leave_out=groups)]
+    for group, kind in groups.items():
+        about = keys_of(Recipe)[group].metadata["help"]
+        # "options" of a model or source are the keys beside its name, and no key of that name
+        leave_out = ("options",) if group in NAMED else ()
+        parts += [f"## `{group}`: {about}\n", _table(kind, group, leave_out=leave_out)]
+        if group in NAMED:
+            parts += _built_in(group)
+    return "\n".join(parts)
+
+
+def _built_in(group: str) -> Iterator[str]:
+    """The options of each model or source that comes with unitrain."""
+    yield (
+        "All other keys of this group belong to the model or source of that name; for a name that is not below, your "
+        "Trainer gets them as they are.\n"
+    )
+    for name, entry in registry.entries(NAMED[group]).items():
+        if entry.path.startswith("unitrain."):
+            yield f"### `{group}: {{name: {name}}}`\n\n{entry.summary[0].upper()}{entry.summary[1:]}.\n"
+            yield _table(registry.resolve(entry.path), group)
+
+
+def _table(kind: Any, where: str, leave_out: Any = ()) -> str:
+    hints = get_type_hints(kind)
+    rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    for key, field in keys_of(kind).items():
+        if key not in leave_out:
+            about = field.metadata.get("help", "").replace("|", "\\|")
+            rows.append(f"| `{join(where, key)}` | {phrase(hints[field.name])} | {_default(field)} | {about} |")
+    return "\n".join(rows) + "\n"
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    elif field.default is dataclasses.MISSING:
+        return "required"
+    else:
+        value = field.default
+    return f"`{json.dumps(dict(value) if isinstance(value, Mapping) else value)}`"
+
+
+if __name__ == "__main__":
+    path = Path(__file__).with_name("recipe.md")
+    path.write_text(recipe_reference(), encoding="utf-8")
+    print(f"wrote {path}")

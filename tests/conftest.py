@@ -1,0 +1,44 @@
+"""What all tests share: one thread a rank, no inherited rank, and how long drills last."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+
+# Before torch is imported: several ranks share few cores, and results are bitwise equal only at a fixed thread count.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+from unitrain.world import STARTERS
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--drills", action="store_true", help="run drills at their full counts, as `make drills` does")
+
+
+@pytest.fixture(scope="session")
+def full_drills(request: pytest.FixtureRequest) -> bool:
+    """True under `make drills`: repeat the fault as often as the promise says, not as often as CI has time for."""
+    return bool(request.config.getoption("--drills"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nobodys_rank() -> Iterator[None]:
+    """Tests start alone, also in a shell that torchrun, srun or mpirun started."""
+    own = ("MASTER_ADDR", "MASTER_PORT", "UNITRAIN_AGENT_FD")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (*own, *(name for names in STARTERS.values() for name in names.values())):
+            patch.delenv(name, raising=False)
+        yield
+
+
+def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none; torch is imported only if a chosen test asks."""
+    needy = [item for item in items if item.get_closest_marker("gpu")]
+    if needy:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in needy:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

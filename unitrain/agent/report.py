@@ -1,0 +1,119 @@
+"""What is said of a run that failed: which rank failed first, why, and what to do next."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ExitCode
+from .logs import last_lines
+from .records import EVENTS
+from .starters import Ended, describe_exit
+
+_HEAD_START_SECONDS = 1.0
+_LAST_LINES = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """How one rank failed."""
+
+    rank: int
+    at: float  # on the clock of time.monotonic(); only differences count
+    host: str
+    log: Path
+    pid: int | None = None
+    exit_code: int = ExitCode.FAILED
+    how: str = ""  # after the rank's name: `was killed by SIGKILL`
+    error: str = ""  # the exception's last line, or how it ended
+    traceback: str = ""  # empty for an error that its message explains
+    spoke: bool = True  # False: it ended without an exception of its own
+
+    @classmethod
+    def from_message(cls, message: dict[str, Any], *, rank: int, host: str, log: Path, pid: int | None) -> Failure:
+        """A rank's own account, as the worker tells it."""
+        expected = not message["traceback"]
+        return cls(
+            rank=rank,
+            at=message["monotonic"],
+            host=host,
+            log=log,
+            pid=pid,
+            exit_code=message["exit_code"],
+            how=f"raised {message['type']}",
+            error=message["message"] if expected else f"{message['type']}: {message['message']}".removesuffix(": "),
+            traceback=message["traceback"],
+        )
+
+    @classmethod
+    def from_end(cls, ended: Ended, *, host: str, log: Path, pid: int | None) -> Failure:
+        """A rank that ended without a word.
+
+        Its peers may notice closed sockets and raise before its parent learns of its death, so it gets a head start;
+        but not for SIGABRT, by which libraries end a process whose peer is gone.
+        """
+        how = describe_exit(ended.code)
+        why = ended.cause or _hint(ended.code)
+        return cls(
+            rank=ended.rank,
+            at=ended.at - (0 if ended.code == -signal.SIGABRT else _HEAD_START_SECONDS),
+            host=host,
+            log=log,
+            pid=pid,
+            exit_code=ended.code,
+            how=how,
+            error=f"rank {ended.rank} {how}{': ' if why else ''}{why}",
+            spoke=False,
+        )
+
+
+def first_failure(failures: Iterable[Failure]) -> Failure:
+    """The one that made the others fail."""
+    return min(failures, key=lambda failure: failure.at)
+
+
+def failure_exit_code(failure: Failure) -> ExitCode:
+    """What the run ends with: a wrong request stays one, everything else is a failure."""
+    return ExitCode.BAD_RECIPE if failure.exit_code == ExitCode.BAD_RECIPE else ExitCode.FAILED
+
+
+def failure_block(failure: Failure, run_dir: Path, *, log_shown: bool) -> str:
+    """The last words of a failed run. The first failing rank's own exception is the last of them."""
+    process = f"pid {failure.pid}, {failure.host}" if failure.pid else failure.host
+    lines = [
+        f"rank {failure.rank} {failure.how} ({process})",
+        f"  its log: {failure.log}",
+        f"  {next_command(run_dir)}",
+    ]
+    if not failure.spoke and not log_shown:
+        lines += ["  its last lines:", *(f"    {line}" for line in last_lines(failure.log, _LAST_LINES))]
+    lines.append(failure.traceback.rstrip() or failure.error)
+    return "\n".join(lines)
+
+
+def next_command(run_dir: Path) -> str:
+    """The command that goes on from the last checkpoint, or the one that starts over."""
+    folder = shlex.quote(str(run_dir))
+    if _has_checkpoint(run_dir):
+        return f"to continue from its last checkpoint: unitrain resume {folder}"
+    return f"it has no checkpoint yet; to start over: unitrain launch {shlex.quote(str(run_dir / 'recipe.yaml'))}"
+
+
+def _has_checkpoint(run_dir: Path) -> bool:
+    if any((run_dir / "checkpoints").glob("*/MANIFEST.json")):
+        return True
+    try:  # they may be anywhere, but the run tells when it has written one
+        with (run_dir / EVENTS).open() as events:
+            return any('"event": "checkpoint"' in line for line in events)
+    except FileNotFoundError:
+        return False
+
+
+def _hint(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "if nobody did that by hand, the machine was out of memory (`dmesg` tells)"
+    return ""

@@ -1,0 +1,104 @@
+"""The warm process: imports the framework once, then forks ranks that have it already.
+
+`python -m unitrain.agent.warm TASK` is started by `starters.Warm`. It stays single-threaded and touches no device:
+a fork copies one thread only, and no locks that others hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .rank import RankStart, die_with, run_entry
+from .signals import SignalPipe, signal_group
+from .starters import fork_rank, reap
+
+_OWN_THREADS = Path("/proc/self/task")
+
+
+def main() -> None:
+    """Import, fork on command, report every end, and leave when the agent is gone."""
+    task = json.loads(sys.argv[1])
+    pids: dict[int, int] = {}
+
+    own_pid = os.getpid()
+
+    def end_with_agent(number: int, frame: object) -> NoReturn:
+        if os.getpid() == own_pid:  # else a fork that has not become a rank yet
+            _kill(pids)
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, end_with_agent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's is for the agent
+    die_with(task["parent"], signal.SIGTERM)
+    starts = _prepare(task)
+    if starts is not None and serve(task, starts, pids):
+        run_entry(task["entry"], task["arguments"])
+
+
+def serve(task: dict[str, Any], starts: list[RankStart], pids: dict[int, int]) -> bool:
+    """Fork the ranks and report their ends until the agent is gone. True in a rank, which then goes its own way."""
+    commands, events = task["commands"], task["events"]
+    parent = os.getpid()
+    with SignalPipe((signal.SIGCHLD,)) as signals:
+        for start in starts:
+            others = [commands, events, *(other.agent_fd for other in starts if other != start)]
+            pid = fork_rank(start, parent, others)
+            if pid == 0:
+                return True
+            pids[start.rank] = pid
+            _tell(events, rank=start.rank, pid=pid)
+        for start in starts:
+            os.close(start.agent_fd)
+        while True:
+            readable, _, _ = select.select([commands, signals.fd], [], [])
+            signals.caught()
+            for ended in reap(pids):
+                _tell(events, rank=ended.rank, code=ended.code, at=ended.at)
+            if commands in readable:  # no more commands come after the first: it was closed
+                _kill(pids)
+                return False
+
+
+def _prepare(task: dict[str, Any]) -> list[RankStart] | None:
+    """Import what the ranks need and read which ranks to fork; None where a fork would not be safe."""
+    for module in task["preload"]:
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            traceback.print_exc()
+            _tell(task["events"], refused=f"importing {module} failed: {type(error).__name__}: {error}")
+            return None
+    threads = len(list(_OWN_THREADS.iterdir())) if _OWN_THREADS.is_dir() else 0
+    if threads != 1:
+        found = f"the preloaded modules run {threads} threads" if threads else f"there is no {_OWN_THREADS}"
+        _tell(task["events"], refused=found)
+        return None
+    gc.collect()
+    gc.freeze()  # what is imported is never collected, so that its pages stay shared
+    with open(task["commands"], "rb", closefd=False) as commands:
+        line = commands.readline()
+    return [RankStart(**values) for values in json.loads(line)] if line else None
+
+
+def _tell(events: int, **event: Any) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the agent is gone, which the loop is about to see
+        os.write(events, json.dumps(event).encode() + b"\n")
+
+
+def _kill(pids: dict[int, int]) -> None:
+    for pid in pids.values():
+        signal_group(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""`unitrain launch` and `unitrain resume`: from a recipe to a running job."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import ExitCode, UserError
+from . import complete
+
+if TYPE_CHECKING:
+    from ..launcher import Job, Launcher, Rendered
+    from ..recipe import Recipe
+    from ..run import Run
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values in place of the recipe's: train.steps=200.")
+]
+Strategy = Annotated[
+    str | None,
+    typer.Option(
+        "--strategy", metavar="NAME", help="Train with this backend instead.", autocompletion=complete.strategies
+    ),
+]
+Nproc = Annotated[int | None, typer.Option("--nproc", metavar="N", min=1, help="Ranks on each node.")]
+
+
+def launch(
+    recipe_path: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="A recipe file; docs/recipe.md tells its keys.")
+    ],
+    overrides: Overrides = None,
+    strategy: Strategy = None,
+    launcher: Annotated[
+        str | None,
+        typer.Option(
+            "--launcher", metavar="NAME", help="Start it by this launcher instead.", autocompletion=complete.launchers
+        ),
+    ] = None,
+    nproc: Nproc = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", metavar="N", min=1, help="Machines.")] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option("--run-dir", metavar="DIR", help="The run's own folder; else runs/<name>-<time>-<short id>."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the whole recipe, the files and the command; start nothing.")
+    ] = False,
+) -> None:
+    """Train what a recipe says, and follow it to its end."""
+    from ..recipe_file import check, load_recipe
+    from ..run import RUNS, Run, new_id
+
+    recipe = load_recipe(recipe_path, overrides or [], strategy=strategy, launcher=launcher, nproc=nproc, nodes=nodes)
+    check(recipe, with_strategy=dry_run)
+    if run_dir is not None:
+        Run.refuse_taken(run_dir)
+    if dry_run:
+        run = Run(run_dir or RUNS / new_id(recipe.name))
+        _show(recipe, run, *_prepared(run, recipe)[1:])
+        return
+    raise typer.Exit(_start(Run.create(run_dir, recipe), recipe))
+
+
+def resume(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or id.", autocompletion=complete.runs)],
+    overrides: Overrides = None,
+    strategy: Strategy = None,
+    nproc: Nproc = None,
+) -> None:
+    """Go on with a run from its newest checkpoint.
+
+    The strategy and the number of ranks may be others than before. The changed recipe becomes the run's own; the
+    one before stays in the folder as recipe-<n>.yaml.
+    """
+    from ..recipe_file import check, load_recipe
+    from ..run import Run
+    from .runs import state_of
+
+    run = Run.open(name)
+    if (state := state_of(run).state) in ("pending", "running"):
+        raise UserError(f"{run.id} is {state}; wait for its end, or stop it with `unitrain cancel {name}`")
+    _return_to(run.launched().get("cwd"))
+    recipe = load_recipe(run.recipe_path, overrides or [], strategy=strategy, nproc=nproc)
+    check(recipe)
+    run.rewrite_recipe(recipe)
+    raise typer.Exit(_start(run, recipe))
+
+
+def _return_to(folder: str | None) -> None:
+    """Relative paths in a recipe start where the run was launched."""
+    if folder is None or Path(folder) == Path.cwd():
+        return
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        here = Path.cwd()
+        print(
+            f"note: {folder}, where the run began, is gone ({error.strerror}); paths start at {here}", file=sys.stderr
+        )
+
+
+def _prepared(run: Run, recipe: Recipe) -> tuple[Launcher, Job, Rendered]:
+    """Everything that starting takes, and nothing started."""
+    from .. import registry
+    from ..launcher import Job
+
+    entry = registry.entry("strategies", recipe.strategy.name)
+    launcher: Launcher = registry.load("launchers", recipe.launcher.name)()
+    job = Job(
+        run_id=run.id,
+        run_dir=run.folder,
+        nodes=recipe.launcher.nodes,
+        nproc=recipe.launcher.nproc,
+        options=recipe.launcher.options,
+        preload=entry.preload,
+        fork=entry.fork,
+    )
+    return launcher, job, launcher.render(job)
+
+
+def _start(run: Run, recipe: Recipe) -> int:
+    """Start the run and follow it; its exit code."""
+    launcher, job, rendered = _prepared(run, recipe)
+    ranks = job.nodes * job.nproc
+    print(f"{run.id}: {recipe.strategy.name} on {ranks} rank{'s'[: ranks > 1]}, by {recipe.launcher.name}", flush=True)
+    job_id = launcher.submit(job, rendered)
+    run.event(
+        "launch",
+        launcher=recipe.launcher.name,
+        job_id=job_id,
+        strategy=recipe.strategy.name,
+        nodes=job.nodes,
+        nproc=job.nproc,
+        cwd=str(Path.cwd()),
+    )
+    folder = _near(run.folder)
+    try:
+        code = launcher.wait(job, job_id)
+    except KeyboardInterrupt:
+        print(f"no longer followed; see `unitrain status {folder}`", file=sys.stderr)
+        return INTERRUPTED
+    # A failure has said what it had to say: the first failing rank's error stays the last thing on the screen.
+    if code == ExitCode.DONE:
+        print(f"done: {folder}, metrics in {folder / 'metrics.jsonl'}")
+    elif code == ExitCode.PREEMPTED:
+        print(f"stopped and saved: go on with `unitrain resume {folder}`")
+    return code
+
+
+def _show(recipe: Recipe, run: Run, job: Job, rendered: Rendered) -> None:
+    """The dry run: what would be read, written and started, and nothing of it is."""
+    from ..recipe_file import to_yaml
+
+    folder = _near(run.folder)
+    parts: dict[str, str] = {str(folder / "recipe.yaml"): to_yaml(recipe)}
+    parts |= {str(folder / path): content for path, content in rendered.files.items()}
+    for path, content in parts.items():
+        print(f"# file {path}\n{content.rstrip()}\n")
+    print(f"# command, for {job.nodes * job.nproc} ranks on {job.nodes} nodes")
+    setting = [f"{name}={shlex.quote(value)}" for name, value in rendered.environ.items()]
+    print(" ".join([*setting, shlex.join(rendered.argv)]))
+
+
+def _near(path: Path) -> Path:
+    """The path as one would type it here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,0 +1,131 @@
+"""`unitrain status`, `logs` and `cancel`: looking at a run and stopping it, from any shell."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UserError
+from . import complete
+
+if TYPE_CHECKING:
+    from ..launcher import JobStatus, Launcher
+    from ..recipe import Recipe
+    from ..run import Run
+
+Name = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or id.", autocompletion=complete.runs)]
+
+
+def status(name: Name, as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False) -> None:
+    """Show how far a run is and whether it still runs."""
+    from ..run import Run
+    from .listing import print_json
+
+    facts = summary(Run.open(name))
+    if as_json:
+        print_json(facts)
+    else:
+        _print_status(facts)
+
+
+def logs(
+    name: Name,
+    rank: Annotated[int, typer.Option("--rank", metavar="N", min=0, help="Whose log.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
+) -> None:
+    """Print the log of one rank, of the newest attempt."""
+    from ..run import Run
+
+    run = Run.open(name)
+    for line in _launcher(run).logs(run.folder, rank=rank, follow=follow):
+        print(line.rstrip("\n"), flush=follow)
+
+
+def cancel(
+    name: Name,
+    grace: Annotated[
+        float, typer.Option("--grace", metavar="SECONDS", min=0, help="Time to save a checkpoint before it is ended.")
+    ] = 30.0,
+) -> None:
+    """Ask a run to save and stop; end it after a grace."""
+    from ..run import Run
+
+    run = Run.open(name)
+    state = state_of(run).state
+    if state not in ("pending", "running"):
+        raise UserError(f"{run.id} is not running ({state}): nothing to cancel")
+    _launcher(run).cancel(run.folder, run.launched()["job_id"], grace_seconds=grace)
+    print(f"{run.id}: {state_of(run).state}; go on with `unitrain resume {name}`")
+
+
+def state_of(run: Run) -> JobStatus:
+    """What became of the run's job; `unknown` where no launcher started it."""
+    from ..launcher import JobStatus
+
+    job_id = run.launched().get("job_id")
+    return JobStatus("unknown") if job_id is None else _launcher(run).status(run.folder, job_id)
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """What there is to know of a run, for people and programs."""
+    recipe, launched, events, metrics = _recipe(run), run.launched(), run.events(), run.metrics()
+    state = state_of(run)
+    train = [record for record in metrics if record.get("split") == "train"]
+    evaluations = [record for record in metrics if record.get("split") == "eval"]
+    saved = [event for event in events if event["event"] == "checkpoint"]
+    return {
+        "id": run.id,
+        "folder": str(run.folder),
+        "state": state.state,
+        "exit_code": state.exit_code,
+        "detail": state.detail,
+        "strategy": recipe.strategy.name,
+        "launcher": launched.get("launcher", recipe.launcher.name),
+        "job_id": launched.get("job_id"),
+        "ranks": recipe.launcher.nodes * recipe.launcher.nproc,
+        "step": train[-1]["step"] if train else 0,
+        "steps": recipe.train.steps,
+        "train": train[-1] if train else None,
+        "eval": evaluations[-1] if evaluations else None,
+        "checkpoint": saved[-1]["step"] if saved else None,
+        "checkpoints": run.checkpoints(recipe),
+        "restarts": sum(event["event"] == "restart" for event in events),
+    }
+
+
+def _recipe(run: Run) -> Recipe:
+    from ..recipe_file import load_recipe
+
+    return load_recipe(run.recipe_path)
+
+
+def _launcher(run: Run) -> Launcher:
+    from .. import registry
+
+    launched = run.launched()
+    launcher: Launcher = registry.load("launchers", launched.get("launcher") or _recipe(run).launcher.name)()
+    return launcher
+
+
+def _print_status(facts: dict[str, Any]) -> None:
+    from ..track import lines
+
+    state = facts["state"] + (f" (exit code {facts['exit_code']})" if facts["exit_code"] else "")
+    rows = {
+        "run": facts["id"],
+        "state": f"{state}; {facts['detail']}" if facts["detail"] else state,
+        "on": f"{facts['strategy']}, {facts['ranks']} ranks, by {facts['launcher']}",
+        "step": f"{facts['step']}/{facts['steps']}",
+    }
+    if train := facts["train"]:
+        rows["train"] = lines.progress_line(train, facts["steps"]).partition("  ")[2]
+    if facts["eval"]:
+        rows["eval"] = lines.evaluation_line(facts["eval"]).removeprefix("eval ")
+    if facts["checkpoint"] is not None:
+        rows["saved"] = f"step {facts['checkpoint']}, in {facts['checkpoints']}"
+    if facts["restarts"]:
+        rows["restarts"] = str(facts["restarts"])
+    rows["folder"] = facts["folder"]
+    for name, text in rows.items():
+        print(f"{name:<9} {text}")

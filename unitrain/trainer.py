@@ -1,0 +1,389 @@
+"""The loop, and the one class that users subclass.
+
+`fit` runs `steps` to its end; `steps` is the whole loop and can be driven by hand, from a notebook say. It knows
+no backend: an engine does the work of a step, and everything else is a function of the cursor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from . import registry
+from .batch import Batch
+from .checkpoint import CheckpointReader, Saver, SaveReport, open_newest
+from .cursor import Cursor, mix
+from .data.feed import Feed
+from .data.source import Source
+from .errors import CheckpointMismatch, RecipeError, UserError
+from .policy import due
+from .recipe import OptimizerRecipe, Recipe
+from .recipe_file import load_recipe, refuse_problems
+from .run import Run
+from .schedule import learning_rate
+from .strategy import Cluster, Engine, HyperParameters, Role, StepOut, Strategy
+from .track.lines import evaluation_line, progress_line
+from .world import World
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run leaves."""
+
+    run_dir: Path
+    step: int
+    metrics: dict[str, float]  # of the last log line
+    evaluation: dict[str, float]  # of the last evaluation; empty without one
+    exit_code: int = 0
+
+
+class Trainer:
+    """Trains the models of a recipe. Override `build_model`, `build_source` and `loss`; the rest if you need it."""
+
+    # (canonical name, shape, seed) -> fp32 values; see Role.initial
+    initial: Any = None
+
+    def __init__(self, recipe: Recipe, *, run_dir: Path | str | None = None, world: World | None = None) -> None:
+        self.recipe = recipe
+        self.world = world or World.from_environment()
+        self.cursor = Cursor()
+        self.engines: dict[str, Engine] = {}
+        self.run: Run | None = None  # known once the run has started
+        self.extra: dict[str, Any] = {}  # JSON values of your own, saved with every checkpoint
+        self.evaluation: dict[str, float] = {}
+        self.train_source: Source | None = None
+        self.eval_source: Source | None = None
+        self._run_dir = None if run_dir is None else Path(run_dir)
+        self._rates: dict[str, tuple[float, float | None]] = {}
+        self._last: dict[str, float] = {}
+
+    @classmethod
+    def from_recipe(
+        cls,
+        path: str | Path,
+        *,
+        strategy: str | None = None,
+        run_dir: Path | str | None = None,
+        overrides: Sequence[str] = (),
+    ) -> Trainer:
+        """A trainer of this class for a recipe file; its ranks are the processes that torchrun, srun, ... started.
+
+        Raises RecipeError and other UserErrors where the recipe cannot be used.
+        """
+        return cls(load_recipe(path, overrides, strategy=strategy), run_dir=run_dir)
+
+    # What research code overrides.
+
+    def build_model(self) -> Any:
+        """The model, in the framework of the strategy."""
+        raise UserError(f"{type(self).__name__} has no build_model; override it to return a model")
+
+    def build_source(self, split: str) -> Source | None:
+        """The data of a split, "train" or "eval"; None for no evaluation. By default what `data:` names."""
+        if not self.recipe.data.name:
+            raise UserError(f"{type(self).__name__} has no build_source and the recipe no data; give one of them")
+        data = registry.load("sources", self.recipe.data.name)(**self.recipe.data.options)
+        source: Source | None = data.open(split)
+        return source
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        """Loss(sum, weight), or a scalar that is the mean over the rows of `batch` (named arrays, rows first)."""
+        raise UserError(f"{type(self).__name__} has no loss; override it to return a scalar or a Loss")
+
+    def step(self, batch: Batch) -> StepOut:
+        """One optimizer step; a GAN or RL loop updates several roles here."""
+        return self.engines["model"].update(batch, self.hp())
+
+    def roles(self) -> dict[str, Role]:
+        """Every model of the run by name."""
+        model = Role(
+            model=self.build_model, losses={"loss": self.loss}, optimizer=self.recipe.optimizer, initial=self.initial
+        )
+        return {"model": model}
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the evaluation split, by default the mean loss of the first role and what it reports."""
+        assert self._eval_feed is not None, "called only where there is an evaluation split"
+        engine = next(iter(self.engines.values()))
+        sums = engine.evaluate(self._eval_feed.sweep(self.recipe.train.eval_batches))
+        return {name: amount / weight for name, (amount, weight) in sums.items() if weight}
+
+    def on(self, event: str, **facts: Any) -> None:
+        """Called on every rank at: start, log, eval, checkpoint, stop."""
+
+    def finish(self) -> None:
+        """Called on every rank after the last step and its checkpoint."""
+
+    def flops_per_sample(self) -> float | None:
+        """Training FLOPs of one sample, forward and backward; None where unknown (no MFU then)."""
+        return None
+
+    def hp(self, role: str = "model") -> HyperParameters:
+        """Hyper-parameters of this step for a role."""
+        top, clip = self._rates[role]
+        rate = learning_rate(self.recipe.schedule, self.cursor.step, self.recipe.train.steps, top)
+        return HyperParameters(rate, clip)
+
+    # The loop.
+
+    @final
+    def fit(self) -> Result:
+        """Train to the end, resuming where the run's folder holds a checkpoint."""
+        for _ in self.steps():
+            pass
+        return self.result()
+
+    @final
+    def steps(self) -> Iterator[StepOut]:
+        """Yield what each step gave, until the recipe's last; leaving early closes the run in good order."""
+        train, every = self.recipe.train, self.recipe.checkpoint.every
+        with self._session() as (feed, saver):
+            while self.cursor.step < train.steps:
+                batch = feed.batch(self.cursor.step)
+                out = self.step(batch)
+                self.cursor = self.cursor.advanced(len(batch), batch.tokens)
+                step = self.cursor.step
+                if due(step, train.log_every, train.steps):
+                    self._log(out)
+                yield out
+                if due(step, train.eval_every, train.steps):
+                    self._evaluate()
+                if due(step, every, train.steps):
+                    self._save(saver)
+            saver.wait()
+            self.finish()
+
+    @final
+    def result(self) -> Result:
+        """Where the run stands."""
+        assert self.run is not None, "the run has started"
+        return Result(self.run.folder, self.cursor.step, dict(self._last), dict(self.evaluation))
+
+    # How a run begins and ends.
+
+    @contextlib.contextmanager
+    def _session(self) -> Iterator[tuple[Feed, Saver]]:
+        """Everything that a run holds open, closed in reverse order whatever happens."""
+        world, recipe = self.world, self.recipe
+        roles = self.roles()
+        self._check(roles)
+        with contextlib.ExitStack() as stack:
+            self._open_strategies(roles, stack)
+            self._open_run(stack)
+            self.train_source, feed = self._feed("train", stack)
+            self.eval_source, self._eval_feed = self._feed("eval", stack) if recipe.train.eval_every != 0 else (None, None)
+            assert self.run is not None and feed is not None, "opened above"
+            for number, (name, role) in enumerate(roles.items()):
+                seed = recipe.train.seed if number == 0 else mix(recipe.train.seed, number)
+                self.engines[name] = self._strategy_of(role).bind(role, seed)
+                optimizer = role.optimizer if isinstance(role.optimizer, OptimizerRecipe) else recipe.optimizer
+                self._rates[name] = (optimizer.lr, optimizer.clip)
+            self._restore()
+            self._began, self._began_at = time.monotonic(), self.cursor
+            self._event("start", strategy=recipe.strategy.name, world_size=world.size, threads=world.threads)
+            self.on("start", step=self.cursor.step)
+            saver = stack.enter_context(contextlib.closing(self._saver()))
+            yield feed, saver
+            self._event("stop")
+            self.on("stop", step=self.cursor.step)
+
+    def _check(self, roles: dict[str, Role]) -> None:
+        """Refuse what cannot work, before anything is joined, read or written."""
+        world, recipe = self.world, self.recipe
+        if not roles:
+            raise UserError(f"{type(self).__name__}.roles() is empty; return at least one Role")
+        if world.size > recipe.train.global_batch:
+            raise RecipeError(
+                f"{world.size} ranks cannot share a batch of {recipe.train.global_batch} samples; use at most "
+                f"{recipe.train.global_batch} ranks or a larger train.global_batch"
+            )
+        cluster = Cluster(nodes=world.nodes, nproc=world.local_size)
+        names = {role.strategy or recipe.strategy.name for role in roles.values()}
+        classes = {name: registry.load("strategies", name) for name in sorted(names)}
+        refuse_problems(problem for kind in classes.values() for problem in kind.problems(recipe, cluster))
+        frameworks = {kind.framework for kind in classes.values()}
+        if len(frameworks) > 1:
+            raise UserError(f"the roles' strategies need {' and '.join(sorted(frameworks))} in one process; use one framework")
+        self._strategies: dict[str, Strategy] = {name: kind(recipe) for name, kind in classes.items()}
+
+    def _open_strategies(self, roles: dict[str, Role], stack: contextlib.ExitStack) -> None:
+        for strategy in self._strategies.values():
+            stack.callback(strategy.close)
+            strategy.open(self.world)
+        self._control = self._strategy_of(next(iter(roles.values())))
+
+    def _strategy_of(self, role: Role) -> Strategy:
+        return self._strategies[role.strategy or self.recipe.strategy.name]
+
+    def _open_run(self, stack: contextlib.ExitStack) -> None:
+        """The run's folder, agreed by all ranks, and a nonce that no other attempt has."""
+        if self.world.first:
+            exists = self._run_dir is not None and Run.exists(self._run_dir)
+            run = Run.open(self._run_dir) if exists and self._run_dir else Run.create(self._run_dir, self.recipe)
+            agreed = self._control.share(f"{secrets.token_hex(3)} {run.folder.absolute()}")
+        else:
+            agreed = self._control.share("")
+        self._nonce, _, folder = agreed.partition(" ")
+        self.run = Run(Path(folder))
+
+    def _feed(self, split: str, stack: contextlib.ExitStack) -> tuple[Source | None, Feed | None]:
+        source = self.build_source(split)
+        if source is None:
+            if split == "train":
+                raise UserError(f"{type(self).__name__}.build_source('train') returned None; return a Source")
+            return None, None
+        train = self.recipe.train
+        feed = Feed(
+            source,
+            seed=train.seed,
+            global_batch=train.global_batch,
+            micro_batch=train.micro_batch,
+            rank=self.world.rank,
+            size=self.world.size,
+            place=self._control.place,
+        )
+        stack.callback(feed.close)
+        return source, feed
+
+    # State in and out.
+
+    def _saver(self) -> Saver:
+        assert self.run is not None, "opened before"
+        return Saver(
+            self.run.checkpoints(self.recipe),
+            writer=self.world.rank,
+            writers=self.world.size,
+            nonce=self._nonce,
+            keep=self.recipe.checkpoint.keep,
+            asynchronous=self.recipe.checkpoint.asynchronous,
+            producer={
+                "strategy": self.recipe.strategy.name,
+                "framework": self._control.framework,
+                "world_size": self.world.size,
+            },
+            report=self._saved,
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that wrote the checkpoint."""
+        assert self.train_source is not None, "opened before"
+        return {
+            "train.seed": self.recipe.train.seed,
+            "train.global_batch": self.recipe.train.global_batch,
+            "training data": self.train_source.fingerprint(),
+        }
+
+    def _save(self, saver: Saver) -> None:
+        cursor = self.cursor
+        state = {
+            "cursor": {"step": cursor.step, "samples": cursor.samples, "tokens": cursor.tokens},
+            "identity": self._identity(),
+            "extra": self.extra,
+        }
+        saver.save(cursor.step, {name: engine.shards() for name, engine in self.engines.items()}, state)
+
+    def _saved(self, report: SaveReport) -> None:
+        """Called when a save has ended, from the thread that wrote it."""
+        if report.ok:
+            self._event("checkpoint", step=report.step, bytes=report.bytes, seconds=round(report.seconds, 4))
+        else:
+            self._event("checkpoint_failed", step=report.step, error=report.error)
+            print(f"warning: the checkpoint of step {report.step} was not saved: {report.error}", flush=True)
+        self.on("checkpoint", step=report.step, ok=report.ok)
+
+    def _restore(self) -> None:
+        """Continue from the newest sound checkpoint, which rank 0 finds and checks for all."""
+        assert self.run is not None, "opened before"
+        root = self.run.checkpoints(self.recipe)
+        folder = ""
+        if self.world.first:
+            newest = open_newest(root, verify="full")
+            for passed in newest.passed_over:
+                print(f"warning: the checkpoint {passed.folder} is damaged and was passed over: {passed.reason}", flush=True)
+                self._event("checkpoint_damaged", folder=passed.folder, error=passed.reason)
+            folder = newest.reader.folder if newest.reader is not None else ""
+        folder = self._control.share(folder)
+        if not folder:
+            return
+        reader = CheckpointReader(folder)
+        self._refuse_other_run(folder, reader.state["identity"])
+        for name, engine in self.engines.items():
+            engine.load(reader.role(name)).require_all(f"the checkpoint {folder}")
+        self.cursor = Cursor(**reader.state["cursor"])
+        self.extra = dict(reader.state["extra"])
+        if self.world.first:
+            self.run.rewind(self.cursor.step)
+            self._say(f"resumed at step {self.cursor.step} from {folder}")
+
+    def _refuse_other_run(self, folder: str, identity: dict[str, Any]) -> None:
+        changed = [
+            f"{key} was {identity.get(key)!r} and is now {value!r}"
+            for key, value in self._identity().items()
+            if identity.get(key) != value
+        ]
+        if changed:
+            raise CheckpointMismatch(
+                f"the checkpoint {folder} belongs to another run: {'; '.join(changed)}; the sample order would "
+                "change, so set them back, or start a new run"
+            )
+
+    # What a person sees.
+
+    def _log(self, out: StepOut) -> None:
+        """One line of metrics. The only place in the loop that waits for the device."""
+        values = out.read()
+        elapsed = time.monotonic() - self._began
+        cursor, before = self.cursor, self._began_at
+        names = list(self._rates)
+        record: dict[str, Any] = {
+            "step": cursor.step,
+            "split": "train",
+            "loss": values.pop("loss"),
+            "lr": learning_rate(
+                self.recipe.schedule, cursor.step - 1, self.recipe.train.steps, self._rates[names[0]][0]
+            ),
+            "grad_norm": values.pop("grad_norm"),
+            "samples": cursor.samples,
+            "tokens": cursor.tokens,
+            "seconds": round(elapsed, 6),
+            "samples_per_second": (cursor.samples - before.samples) / elapsed,
+            "tokens_per_second": (cursor.tokens - before.tokens) / elapsed,
+            "memory_bytes": self._control.memory_bytes(),
+            **values,
+        }
+        flops, peak = self.flops_per_sample(), self._control.peak_flops()
+        if flops and peak:
+            record["mfu"] = record["samples_per_second"] * flops / (peak * self.world.size)
+        self._last = record
+        if self.world.first and self.run is not None:
+            self.run.metric(record)
+            self._say(progress_line(record, self.recipe.train.steps), record)
+        self.on("log", **record)
+
+    def _evaluate(self) -> None:
+        if self._eval_feed is None:
+            return
+        began = time.monotonic()
+        self.evaluation = self.evaluate()
+        pause = time.monotonic() - began
+        self._began += pause  # throughput is of training alone
+        record = {"step": self.cursor.step, "split": "eval", **self.evaluation, "seconds": round(pause, 6)}
+        if self.world.first and self.run is not None:
+            self.run.metric(record)
+            self._say(evaluation_line(record), record)
+        self.on("eval", **record)
+
+    def _say(self, line: str, record: dict[str, Any] | None = None) -> None:
+        """A line for people: in the log, and to the agent, which may show a panel instead."""
+        if record is not None:
+            self.world.tell_agent(kind="progress", record=record, line=line, steps=self.recipe.train.steps)
+        print(line, flush=True)
+
+    def _event(self, event: str, **facts: Any) -> None:
+        if self.world.first and self.run is not None:
+            self.run.event(event, **{"step": self.cursor.step, **facts})

@@ -1,0 +1,113 @@
+"""What one rank runs: `python -m unitrain.worker RECIPE_OR_RUN_DIR [key=value ...]`, under any starter or alone."""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import os
+import signal
+import stat
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .agent.logs import attempt_folders, rank_log
+from .agent.rank import die_with, leave, line_buffered, write_to
+from .agent.records import write_record
+from .errors import ExitCode, UnitrainError
+from .world import World
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+FAILURES = "failures"  # below the run's folder: what ranks leave that have no agent to tell
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as one rank of a run; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m unitrain.worker", description=__doc__)
+    parser.add_argument("path", type=Path, metavar="RECIPE_OR_RUN_DIR", help="a recipe, or a run's folder")
+    parser.add_argument("--run-dir", type=Path, help="the run's folder; made and named after the recipe unless given")
+    parser.add_argument("--keep-logs", action="store_true", help="write the output to the logs of the run's folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    known = parser.parse_intermixed_args(argv)
+    recipe_file = known.path / "recipe.yaml" if known.path.is_dir() else known.path
+    run_dir = known.path if known.path.is_dir() and known.run_dir is None else known.run_dir
+
+    def build() -> Trainer:
+        from .recipe_file import load_recipe
+        from .trainer_path import resolve_trainer
+
+        recipe = load_recipe(recipe_file, known.overrides)
+        return resolve_trainer(recipe.trainer, beside=recipe_file.parent)(recipe, run_dir=run_dir)
+
+    return train(build, run_dir, keep_logs=known.keep_logs)
+
+
+def train(build: Callable[[], Trainer], run_dir: Path | None, *, keep_logs: bool = False) -> int:
+    """Build a trainer and train; an error becomes a report and an exit code."""
+    faulthandler.enable(2)  # where C code crashes, the log still says which Python line was running
+    world = World()
+    try:
+        world = World.from_environment()
+        if world.starter == "torchrun":
+            die_with(os.getppid(), signal.SIGKILL)  # torchrun itself, when killed, leaves its workers running
+        if keep_logs and run_dir is not None:
+            _log_to(run_dir, world)
+        return build().fit().exit_code
+    except UnitrainError as error:
+        return _fail(error, world, run_dir, error.exit_code, expected=True)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code:
+            return ExitCode.DONE
+        return _fail(error, world, run_dir, ExitCode.FAILED, expected=False)
+
+
+def _log_to(run_dir: Path, world: World) -> None:
+    """Send this rank's output to its file among the logs of the newest attempt."""
+    folders = attempt_folders(run_dir)
+    if not folders:  # the launcher made it, but not on this node's disk
+        (run_dir / "logs" / "attempt-0").mkdir(parents=True, exist_ok=True)
+        folders = attempt_folders(run_dir)
+    write_to(str(rank_log(folders[-1], world.rank)))
+    sys.stdout, sys.stderr = line_buffered(1), line_buffered(2)
+
+
+def _fail(error: BaseException, world: World, run_dir: Path | None, exit_code: int, *, expected: bool) -> int:
+    """Tell the agent, or leave a record for the launcher; then write it to the log. Expected: without a traceback."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    text = "" if expected else "".join(traceback.format_exception(error))
+    output = os.fstat(2)
+    account = {
+        "rank": world.rank,
+        "type": _name(type(error)),
+        "message": str(error),
+        "traceback": text,
+        "exit_code": int(exit_code),
+        "monotonic": time.monotonic(),
+        "time": time.time(),
+        "log_size": output.st_size if stat.S_ISREG(output.st_mode) else None,
+    }
+    # Before it is printed: the agent then knows from where on rank 0's log repeats what it will say itself.
+    world.tell_agent(kind="error", **account)
+    if world.agent_fd is None and run_dir is not None and run_dir.is_dir():
+        (run_dir / FAILURES).mkdir(exist_ok=True)
+        write_record(run_dir / FAILURES / f"rank-{world.rank}.json", **account)
+    print(text.rstrip() or error, file=sys.stderr, flush=True)
+    return exit_code
+
+
+def _name(kind: type[BaseException]) -> str:
+    return (
+        kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    )
+
+
+if __name__ == "__main__":
+    leave(main())
