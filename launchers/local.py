@@ -16,7 +16,7 @@ from unitrain.strategy import Problem
 
 OPTIONS = {
     "grace_seconds": "from SIGTERM to SIGKILL when ranks are stopped; 5 unless given",
-    "detached": "true: return at once, and go on when the terminal closes",
+    "detached": "true: the run goes on when whoever launched it is interrupted or its terminal closes",
     "entry": "module:function that a rank runs; unitrain.worker:main unless given",
 }
 
@@ -35,7 +35,7 @@ class Local(Launcher):
         wanted, problems = recipe.launcher, []
         if wanted.nodes != 1:
             what = f"launcher 'local' starts ranks on this machine only, and launcher.nodes is {wanted.nodes}"
-            instead = f"use launcher.nodes=1 launcher.nproc={wanted.nodes * wanted.nproc}, or --launcher torchrun on every node"
+            instead = "set launcher.nodes=1, or use --launcher torchrun on every node"
             problems.append(Problem(what, instead))
         for key in wanted.options:
             if key not in OPTIONS:
@@ -57,9 +57,14 @@ class Local(Launcher):
 
     def wait(self, job: Job, job_id: str) -> int:
         """The agent's exit code."""
-        if job_id not in self._started:
+        process = self._started.pop(job_id, None)
+        if process is None:
             return wait_until_ended(job.run_dir, job_id)
-        code = wait_for(self._started[job_id])
+        if job.options.get("detached"):
+            for line in self.logs(job.run_dir, follow=True):
+                print(line, flush=True)
+            return process.wait()
+        code, _ = wait_for(process)
         return code if code >= 0 else ExitCode.FAILED  # it was killed
 
     def status(self, run_dir: Path, job_id: str) -> JobStatus:

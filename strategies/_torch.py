@@ -1,54 +1,27 @@
-"""What the torch strategies share: joining the ranks, one optimizer step, and state in and out.
-
-A strategy file builds a model and says how its ranks share it (`Sharing`); everything else is here, so that
-accumulation, clipping, the finite check and AdamW have one definition.
-"""
+"""What the torch strategies share: joining the ranks, devices, and small talk between ranks."""
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import functools
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from unitrain.batch import Batch, MicroBatch
-from unitrain.cursor import rank_rows
-from unitrain.digest import box_digest
-from unitrain.errors import CheckpointMismatch, Refused, UserError, did_you_mean
+from unitrain.errors import Refused, did_you_mean
 from unitrain.recipe import Recipe
-from unitrain.strategy import (
-    Cluster,
-    Engine,
-    HyperParameters,
-    LoadReport,
-    Loss,
-    LossFunction,
-    Metrics,
-    Problem,
-    Role,
-    Shard,
-    ShardReader,
-    StepOut,
-    Strategy,
-)
+from unitrain.strategy import Cluster, Problem, Strategy
 from unitrain.world import World
-
-from unitrain.strategies._torch_optimizer import Optimizer, make_optimizer
 
 GLOO_REST_SECONDS = 0.02
 JOIN_TIMEOUT = datetime.timedelta(minutes=10)
-COMPUTE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # dense bf16 FLOP/s of one device, from the vendors' data sheets; for MFU
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12, "V100": 125e12}
-FP16_FIRST_SCALE, FP16_GROWTH_STEPS = 2.0**16, 2000  # torch.amp.GradScaler's
 
 
 class TorchStrategy(Strategy):
@@ -83,12 +56,17 @@ class TorchStrategy(Strategy):
         self.device = _device(world)
         if world.size > 1 and not dist.is_initialized():
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+                self.backend,
                 init_method=f"tcp://{world.coordinator}",
                 rank=world.rank,
                 world_size=world.size,
                 timeout=JOIN_TIMEOUT,
             )
+
+    @property
+    def backend(self) -> str:
+        """Collectives of this device, and gloo beside NCCL for what lives on the host."""
+        return "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
 
     def place(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
         """See Strategy."""
@@ -136,396 +114,7 @@ class TorchStrategy(Strategy):
             time.sleep(GLOO_REST_SECONDS)
 
 
-class Sharing:
-    """How ranks share one model. This one: not at all; the others override what differs.
-
-    `module(loss name, micro-batch)` is one forward pass; gradients, totals and the norm it leads to may all be
-    divided by one constant (the number of ranks), which cancels in the update.
-    """
-
-    writes = True  # False on ranks whose sharded boxes another rank writes
-    divisor = 1  # by which gradients and totals were divided
-
-    def __init__(self, losses: LossModule) -> None:
-        self.losses = losses
-        self.module: Callable[[str, MicroBatch], Tensor] = losses
-
-    def before_update(self, loss: str, first: MicroBatch) -> None:
-        """Called once an update, before its first forward pass."""
-
-    def before_micro(self, last: bool) -> None:
-        """Called before each forward pass of an update; ranks exchange gradients in the last one only."""
-
-    def totals_and_norm(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """([sum of losses, sum of weights], L2 norm of the gradients) over all ranks, without waiting."""
-        totals = self.losses.totals
-        assert totals is not None, "a backward pass came before"
-        return totals, norm_of(grads)
-
-    def local(self, tensor: Tensor) -> Tensor:
-        """This rank's part of a parameter, gradient or moment, as a plain tensor that shares its memory."""
-        return tensor
-
-    def offset(self, tensor: Tensor) -> tuple[int, ...] | None:
-        """Where `local(tensor)` begins in the whole; None where every rank holds the whole."""
-        return None
-
-    def after_forward_only(self) -> None:
-        """Called after evaluation and generation."""
-
-
-class LossModule(nn.Module):
-    """A role's losses as forward passes of one module, so that a wrapper (DDP) sees loss and model as a whole.
-
-    With `carry` the sums travel inside the gradient: a parameter that is multiplied by [sum of losses, sum of
-    weights] has just these as its gradient, which the wrapper accumulates and reduces with all others. That
-    makes the global weight known on every rank without a collective of its own.
-    """
-
-    def __init__(
-        self, model: nn.Module, losses: Mapping[str, LossFunction], *, compute: torch.dtype | None, carry: bool = False
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.functions, self.compute = losses, compute
-        self.device_type = next((p.device.type for p in model.parameters()), "cpu")
-        self.totals: Tensor | None = None
-        self.metrics: dict[str, Tensor] = {}
-        self.scale: Tensor | None = None  # fp16 only
-        # Last, so that it falls into the bucket that is reduced first.
-        self.carry = nn.Parameter(torch.zeros(2, device=_device_of(model))) if carry else None
-
-    def start(self) -> None:
-        """Forget the sums of the last update."""
-        self.totals, self.metrics = None, {}
-
-    def measured(self, name: str, micro: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Loss sum, [sum, weight] in fp32 detached, and each metric's [sum, weight]."""
-        with _autocast(self.device_type, self.compute):
-            found = self.functions[name](self.model, micro.arrays)
-        loss = as_loss(found, micro.rows, name)
-        total = loss.sum.float()
-        pair = _pair(total, loss.weight, total)
-        metrics = {key: _pair(amount, weight, total) for key, (amount, weight) in loss.metrics.items()}
-        if micro.filler:
-            total, pair = total * 0.0, pair * 0.0
-            metrics = {key: value * 0.0 for key, value in metrics.items()}
-        return total, pair, metrics
-
-    def forward(self, name: str, micro: MicroBatch) -> Tensor:
-        """What backward starts from; the sums are kept aside."""
-        total, pair, metrics = self.measured(name, micro)
-        self.totals = pair if self.totals is None else self.totals + pair
-        for key, value in metrics.items():
-            self.metrics[key] = self.metrics[key] + value if key in self.metrics else value
-        if self.scale is not None:
-            total = total * self.scale
-        if self.carry is not None:
-            total = total + (self.carry * pair).sum()
-        return total
-
-
-class TorchStepOut(StepOut):
-    """Device scalars of one update."""
-
-    def __init__(
-        self, totals: Tensor, divisor: int, grad_norm: Tensor, skipped: Tensor, metrics: dict[str, Tensor], ranks: int
-    ) -> None:
-        self.totals, self.divisor, self.grad_norm, self.skipped = totals, divisor, grad_norm, skipped
-        self.metrics, self.ranks = metrics, ranks
-
-    @property
-    def loss(self) -> Tensor:
-        """Mean loss over the global batch, a device scalar."""
-        return self.totals[0] / self.totals[1]
-
-    def read(self) -> dict[str, float]:
-        """See StepOut."""
-        total, weight, norm, skipped = torch.stack((*self.totals, self.grad_norm, self.skipped)).tolist()
-        values = {
-            "loss": total / weight if weight else float("nan"),
-            "weight": weight * self.divisor,
-            "grad_norm": norm,
-            "applied": 1.0 - skipped,
-        }
-        values.update({key: s / w for key, (s, w) in _reduced(self.metrics, self.ranks).items() if w})
-        return values
-
-
-class TorchEngine(Engine):
-    """One torch model and its optimizer; `sharing` says how ranks hold them."""
-
-    def __init__(self, model: nn.Module, role: Role, sharing: Sharing, recipe: Recipe, world: World) -> None:
-        self.model, self.role, self.sharing, self.world = model, role, sharing, world
-        self.losses = sharing.losses
-        named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-        self.names = [name for name, _ in named]
-        self.params = [param for _, param in named]
-        kept = set(model.state_dict(keep_vars=True))
-        self.buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
-        self.device = sharing.local(self.params[0]).device if named else _device_of(model)
-        self.generators = _generators(self.device)
-        self.optimizer: Optimizer | None = None
-        if role.optimizer is not None:
-            if not named:
-                raise UserError("a role has an optimizer but its model has no trainable parameter; use optimizer: None")
-            with torch.no_grad():
-                local = [sharing.local(param) for param in self.params]
-            params: list[Tensor] = list(self.params)
-            self.optimizer = make_optimizer(role.optimizer, self.names, params, local, recipe.optimizer.lr)
-        if recipe.train.precision == "fp16":
-            self.losses.scale = torch.tensor(FP16_FIRST_SCALE, device=self.device)
-            self.good_steps = torch.zeros(1, dtype=torch.int32, device=self.device)
-
-    def update(self, batch: Batch, hp: HyperParameters, loss: str = "loss") -> TorchStepOut:
-        """See Engine."""
-        if self.optimizer is None:
-            raise UserError("this role has no optimizer, so it cannot be updated; give Role(optimizer=...)")
-        if not self.model.training:
-            self.model.train()
-        for param in self.params:
-            param.grad = None  # also drops what the losses of other roles left here
-        self.losses.start()
-        micros = batch.micro()
-        self.sharing.before_update(loss, micros[0])
-        for number, micro in enumerate(micros, start=1):
-            self.sharing.before_micro(number == len(micros))
-            self._seed(micro.key)
-            self.sharing.module(loss, micro).backward()  # type: ignore[no-untyped-call]  # torch's own
-        return self._apply(hp)
-
-    @torch.no_grad()
-    def _apply(self, hp: HyperParameters) -> TorchStepOut:
-        """Clip, check, update: all on the device."""
-        assert self.optimizer is not None, "checked by update"
-        local = self.sharing.local
-        grads = [None if param.grad is None else local(param.grad) for param in self.params]
-        present = [grad for grad in grads if grad is not None]
-        totals, raw_norm = self.sharing.totals_and_norm(present)
-        # What turns gradients of sums into the gradient of the mean; exact where the weight is a power of two.
-        inverse = totals[1].reciprocal()
-        if self.losses.scale is not None:
-            inverse = inverse / self.losses.scale
-        norm = raw_norm * inverse
-        skip = norm.isfinite().logical_not_().float()
-        factor = inverse if hp.clip is None else (hp.clip / (norm + 1e-6)).clamp_(max=1.0) * inverse
-        torch._foreach_mul_(present, factor)
-        self.optimizer.apply([local(param) for param in self.params], grads, hp.lr, skip)
-        if self.losses.scale is not None:
-            torch._amp_update_scale_(self.losses.scale, self.good_steps, skip, 2.0, 0.5, FP16_GROWTH_STEPS)
-        return TorchStepOut(totals, self.sharing.divisor, norm, skip, self.losses.metrics, self.world.size)
-
-    def evaluate(self, batches: Iterable[Batch], loss: str = "loss") -> Metrics:
-        """See Engine."""
-        sums: dict[str, Tensor] = {"loss": torch.zeros(2, device=self.device)}
-        with self._forward_only():
-            for batch in batches:
-                for micro in batch.micro():
-                    self._seed(micro.key)
-                    _, pair, metrics = self.losses.measured(loss, micro)
-                    for name, value in {"loss": pair, **metrics}.items():
-                        sums[name] = sums[name] + value if name in sums else value
-        return _reduced(sums, self.world.size)
-
-    def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """See Engine."""
-        with self._forward_only(), _autocast(self.losses.device_type, self.losses.compute):
-            return function(self.model, *args)
-
-    def shards(self, kinds: Collection[str] | None = None) -> Iterator[Shard]:
-        """See Engine."""
-        self._share_buffers()
-        for place in self._places():
-            if kinds is None or place.kind in kinds:
-                box = self._written(place)
-                if box is not None:
-                    data, offset = box
-                    yield Shard(place.name, place.kind, _dtype_name(data), place.shape, offset, _to_numpy(data))
-
-    def load(self, reader: ShardReader, kinds: Collection[str] | None = None) -> LoadReport:
-        """See Engine."""
-        present = {pair: info for pair, info in reader.tensors.items() if kinds is None or pair[0] in kinds}
-        if self.optimizer is not None:
-            self.optimizer.prepare({pair: info.shape for pair, info in present.items()})
-        loaded: list[tuple[str, str]] = []
-        missing: list[tuple[str, str]] = []
-        for place in self._places():
-            pair = (place.kind, place.name)
-            if kinds is not None and place.kind not in kinds:
-                continue
-            if pair not in present:
-                missing.append(pair)
-                continue
-            info = present[pair]
-            if tuple(info.shape) != place.shape:
-                raise CheckpointMismatch(
-                    f"{place.kind} {place.name} has shape {tuple(info.shape)} in the checkpoint and {place.shape} in "
-                    "this model; resume with the recipe that wrote it"
-                )
-            offset = place.offset or (0,) * place.data.ndim
-            box = reader.read(place.kind, place.name, offset, tuple(place.data.shape))
-            with torch.no_grad():
-                place.data.copy_(_from_numpy(box, info.dtype))
-            loaded.append(pair)
-        self.sharing.after_forward_only()
-        return LoadReport(loaded, missing, sorted(set(present) - set(loaded)))
-
-    def digest(self) -> dict[str, int]:
-        """See Engine."""
-        self._share_buffers()
-        names, sums = [], []
-        for place in self._places():
-            if place.kind in ("param", "buffer"):
-                box = self._written(place)
-                names.append(place.name)
-                sums.append(0 if box is None else box_digest(_to_numpy(box[0]), place.shape, box[1]))
-        # int64 addition wraps modulo 2**64, which is the sum that a digest is
-        total = torch.from_numpy(np.array(sums, dtype=np.uint64).view(np.int64))
-        if self.world.size > 1:
-            dist.all_reduce(total)
-        return dict(zip(names, total.numpy().view(np.uint64).tolist(), strict=True))
-
-    def _places(self) -> Iterator[Place]:
-        """Every tensor of the state, in an order that is the same on all ranks."""
-        sharing = self.sharing
-        for name, param in self.model.named_parameters():
-            yield Place("param", name, sharing.local(param.detach()), tuple(param.shape), sharing.offset(param))
-        for name, buffer in self.buffers:
-            yield Place("buffer", name, buffer, tuple(buffer.shape), None)
-        by_name = dict(zip(self.names, self.params, strict=True))
-        for slot in self.optimizer.slots() if self.optimizer else ():
-            param = by_name[slot.name]
-            if slot.whole:
-                yield Place(slot.kind, slot.name, slot.tensor, tuple(slot.tensor.shape), None)
-            else:
-                local = sharing.local(slot.tensor)
-                yield Place(slot.kind, slot.name, local, tuple(param.shape), sharing.offset(param))
-        if self.losses.scale is not None:
-            yield Place("fp16.scale", "*", self.losses.scale, (), None)
-            yield Place("fp16.good_steps", "*", self.good_steps, (1,), None)
-
-    def _written(self, place: Place) -> tuple[Tensor, tuple[int, ...]] | None:
-        """The box that this rank contributes of a tensor, if any. Replicas share the work by rows."""
-        data = place.data
-        if place.offset is not None:
-            return (data, place.offset) if self.sharing.writes and data.numel() else None
-        if not data.ndim or not data.numel():
-            return (data, (0,) * data.ndim) if self.world.first else None
-        rows = rank_rows(data.shape[0], self.world.rank, self.world.size)
-        if not rows:
-            return None
-        return data[rows.start : rows.stop], (rows.start, *(0 for _ in data.shape[1:]))
-
-    def _share_buffers(self) -> None:
-        """Rank 0's buffers everywhere: running statistics differ by rank, and one set is evaluated and saved."""
-        if self.world.size > 1:
-            for _, buffer in self.buffers:
-                dist.broadcast(buffer, 0)
-
-    @contextlib.contextmanager
-    def _forward_only(self) -> Iterator[None]:
-        self._share_buffers()
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.sharing.after_forward_only()
-
-    def _seed(self, key: int) -> None:
-        """Randomness (dropout) is a function of the seed, the step and the place in the batch; nothing to save."""
-        for generator in self.generators:
-            generator.manual_seed(key)
-
-
-class Place(NamedTuple):
-    """Where a named logical tensor lives on this rank."""
-
-    kind: str
-    name: str
-    data: Tensor  # this rank's part, live
-    shape: tuple[int, ...]  # of the whole
-    offset: tuple[int, ...] | None  # of `data` in the whole; None: every rank holds the whole
-
-
-def build_model(role: Role, seed: int, device: torch.device) -> nn.Module:
-    """The role's model on this device, the same on every rank."""
-    if role.initial is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return _checked(role.model()).to(device)
-    model = empty_model(role)
-    model.to_empty(device=device)
-    fill_initial(model, role, seed)
-    return model
-
-
-def empty_model(role: Role) -> nn.Module:
-    """The role's model without memory (on the meta device), for models whose role gives initial values."""
-    with torch.device("meta"):
-        return _checked(role.model())
-
-
-@torch.no_grad()
-def fill_initial(
-    model: nn.Module,
-    role: Role,
-    seed: int,
-    local: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    offset: Callable[[Tensor], tuple[int, ...] | None] = lambda tensor: None,
-) -> None:
-    """Write initial values into this rank's part of every parameter, and reset the buffers."""
-    assert role.initial is not None, "checked by the caller"
-    for name, param in model.named_parameters():
-        values = torch.from_numpy(role.initial(name, tuple(param.shape), seed))
-        part, begin = local(param), offset(param)
-        if begin is not None:
-            values = values[tuple(slice(b, b + n) for b, n in zip(begin, part.shape, strict=True))]
-        part.copy_(values)
-    for module in model.modules():
-        if any(True for _ in module.buffers(recurse=False)):
-            # A module that has buffers must know how to set them: nothing else does once it was built empty.
-            module.reset_running_stats()  # type: ignore[operator]  # batch norms have it
-
-
-def apply_model_options(model: nn.Module, options: Mapping[str, Any]) -> None:
-    """Activation checkpointing and torch.compile, in place: the names of parameters stay as they are."""
-    for unit in sharding_units(model) or [model]:
-        if options.get("activation_checkpointing"):
-            unit.forward = functools.partial(_checkpointed, unit.forward)  # type: ignore[method-assign]
-        if options.get("compile"):
-            unit.compile()
-
-
-def sharding_units(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a model: what it says itself, or the members of its module lists."""
-    if hasattr(model, "sharding_units"):
-        return list(model.sharding_units())
-    return [child for module in model.modules() if isinstance(module, nn.ModuleList) for child in module]
-
-
-def as_loss(found: Any, rows: int, name: str) -> Loss:
-    """What a loss function returned, as (sum, weight): a plain scalar is a mean over the rows it saw."""
-    loss = found
-    if isinstance(found, Tensor) and found.ndim == 0:
-        loss = Loss(found * rows, rows)
-    if not isinstance(loss, Loss) or not isinstance(loss.sum, Tensor) or loss.sum.ndim:
-        shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
-        raise UserError(
-            f"the loss function {name!r} returned a {type(found).__name__}{shape}; return a scalar tensor (the mean over "
-            "its rows) or unitrain.Loss(sum, weight) with a scalar sum"
-        )
-    return loss
-
-
-def norm_of(grads: list[Tensor]) -> Tensor:
-    """L2 norm over tensors, a scalar; the order of operations is torch.nn.utils.get_total_norm's."""
-    if not grads:
-        return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-
-
-def refuse_more_ranks_than_devices(local_rank: int, num_devices: int) -> None:
+def _refuse_more_ranks_than_devices(local_rank: int, num_devices: int) -> None:
     """Raise Refused when this rank has no device of its own."""
     if local_rank >= num_devices:
         raise Refused(
@@ -537,73 +126,7 @@ def refuse_more_ranks_than_devices(local_rank: int, num_devices: int) -> None:
 def _device(world: World) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    refuse_more_ranks_than_devices(world.local_rank, torch.cuda.device_count())
+    _refuse_more_ranks_than_devices(world.local_rank, torch.cuda.device_count())
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-
-
-def _generators(device: torch.device) -> list[torch.Generator]:
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        torch.cuda.init()
-        generators.append(torch.cuda.default_generators[device.index])
-    return generators
-
-
-def _autocast(device_type: str, compute: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast(device_type, compute) if compute is not None else _NO_AUTOCAST
-
-
-_NO_AUTOCAST: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-
-
-def _pair(amount: Any, weight: Any, like: Tensor) -> Tensor:
-    """[sum, weight] in fp32 on the loss's device, detached, without waiting for the device."""
-    parts = [
-        part.detach().float() if isinstance(part, Tensor) else like.new_full((), float(part), requires_grad=False)
-        for part in (amount, weight)
-    ]
-    return torch.stack(parts)
-
-
-def _reduced(sums: Mapping[str, Tensor], ranks: int) -> Metrics:
-    """(sum, weight) of each name over all ranks."""
-    if not sums:
-        return {}
-    names = sorted(sums)
-    table = torch.stack([sums[name] for name in names]).double()
-    if ranks > 1:
-        dist.all_reduce(table)
-    return {name: (amount, weight) for name, (amount, weight) in zip(names, table.tolist(), strict=True)}
-
-
-def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    from torch.utils.checkpoint import checkpoint
-
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-
-def _checked(model: Any) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise UserError(f"build_model returned a {type(model).__name__}; a torch strategy needs a torch.nn.Module")
-    return model
-
-
-def _dtype_name(data: Tensor) -> str:
-    return str(data.dtype).removeprefix("torch.")
-
-
-def _to_numpy(data: Tensor) -> NDArray[Any]:
-    """A C-contiguous array that shares memory where it can; bfloat16 travels as its bits."""
-    data = data.detach().contiguous().cpu()
-    return (data.view(torch.uint16) if data.dtype == torch.bfloat16 else data).numpy()
-
-
-def _from_numpy(box: NDArray[Any], dtype: str) -> Tensor:
-    tensor = torch.from_numpy(box if box.flags.writeable else box.copy())
-    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor

@@ -10,18 +10,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from unitrain.batch import MicroBatch
+from unitrain.strategies._torch import TorchStrategy
+from unitrain.strategies._torch_engine import COMPUTE, LossModule, Sharing, TorchEngine, norm_of
+from unitrain.strategies._torch_models import apply_model_options, build_model
 from unitrain.strategy import Role
-
-from unitrain.strategies._torch import (
-    COMPUTE,
-    LossModule,
-    Sharing,
-    TorchEngine,
-    TorchStrategy,
-    apply_model_options,
-    build_model,
-    norm_of,
-)
 
 _OWNED = ("module", "device_ids", "output_device", "dim", "process_group", "device_mesh", "mixed_precision")
 DDP_OPTIONS = tuple(name for name in inspect.signature(DistributedDataParallel).parameters if name not in _OWNED)

@@ -21,21 +21,16 @@ from torch.distributed.tensor import DTensor, Shard
 
 from unitrain.errors import UserError
 from unitrain.recipe import Recipe
-from unitrain.strategy import Cluster, Problem, Role
-
-from unitrain.strategies._torch import (
-    COMPUTE,
-    LossModule,
-    Sharing,
-    TorchEngine,
-    TorchStrategy,
+from unitrain.strategies._torch import TorchStrategy
+from unitrain.strategies._torch_engine import COMPUTE, LossModule, Sharing, TorchEngine, norm_of
+from unitrain.strategies._torch_models import (
     apply_model_options,
     build_model,
     empty_model,
     fill_initial,
-    norm_of,
     sharding_units,
 )
+from unitrain.strategy import Cluster, Problem, Role
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -97,7 +92,8 @@ class FSDP2(TorchStrategy):
         size, ranks = self.options.get("shard_size"), self.world.size
         if not dist.is_initialized():
             # One rank: a mesh still wants a process group.
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            store = torch._C._distributed_c10d.HashStore()
+            dist.init_process_group(self.backend, store=store, rank=0, world_size=1)
         if size is None or size == ranks:
             return init_device_mesh(self.device.type, (ranks,), mesh_dim_names=("shard",))
         return init_device_mesh(self.device.type, (ranks // size, size), mesh_dim_names=("replicate", "shard"))

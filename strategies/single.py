@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from unitrain.recipe import Recipe
+from unitrain.strategies._torch import TorchStrategy
+from unitrain.strategies._torch_engine import COMPUTE, LossModule, Sharing, TorchEngine
+from unitrain.strategies._torch_models import apply_model_options, build_model
 from unitrain.strategy import Cluster, Problem, Role
-
-from unitrain.strategies._torch import COMPUTE, LossModule, Sharing, TorchEngine, TorchStrategy, apply_model_options, build_model
 
 
 class Single(TorchStrategy):

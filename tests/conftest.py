@@ -33,11 +33,17 @@ def _nobodys_rank() -> Iterator[None]:
         yield
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none; torch is imported only if a chosen test asks."""
-    needy = [item for item in items if item.get_closest_marker("gpu")]
+    """A test that asks for `full_drills` is a drill; one that needs a GPU is skipped where there is none."""
+    needy = []
+    for item in items:
+        if "full_drills" in getattr(item, "fixturenames", ()):
+            item.add_marker("drill")
+        if item.get_closest_marker("gpu"):
+            needy.append(item)
     if needy:
-        import torch
+        import torch  # only if a test asks: it takes seconds
 
         if not torch.cuda.is_available():
             for item in needy:

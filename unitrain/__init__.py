@@ -52,7 +52,7 @@ _HOME = {
     "load_recipe": "recipe_file",
 }
 
-__all__ = sorted([*_HOME, "__version__"])  # noqa: PLE0605 - computed from the table above
+__all__ = sorted([*_HOME, "__version__"])
 
 
 def __getattr__(name: str) -> Any:

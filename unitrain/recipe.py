@@ -7,6 +7,7 @@ that the reference prints (`help`), and each class checks its own values.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -65,7 +66,9 @@ class OptimizerRecipe:
     eps: float = key(1e-8, "AdamW's term outside the square root")
     momentum: float = key(0.0, "SGD's momentum")
     weight_decay: float = key(0.0, "decoupled for AdamW, added to the gradient for SGD, as in torch")
-    decay: str = key("all", "which parameters decay: `all`, or `matrices` (two or more dimensions: no norms, no biases)")
+    decay: str = key(
+        "all", "which parameters decay: `all`, or `matrices` (two or more dimensions: no norms, no biases)"
+    )
     clip: float | None = key(None, "largest global L2 norm of the gradient; null: no clipping")
 
     def __post_init__(self) -> None:
@@ -180,7 +183,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         # A run id becomes folder, job and pod names: letters, digits, dot, dash and underscore only.
-        if not self.name or not all(c.isascii() and (c.isalnum() or c in "._-") for c in self.name) or len(self.name) > 63:
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,63}", self.name):
             raise RecipeError(f"name is {self.name!r}; use at most 63 letters, digits, '.', '_' and '-'")
         if not self.name[0].isalnum():
             raise RecipeError(f"name is {self.name!r}; it must start with a letter or a digit")

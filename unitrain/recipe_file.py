@@ -112,7 +112,7 @@ def _text(path: Path) -> str:
 def _nearest(path: Path, folder: Path) -> str:
     """What the folder has instead: the file of the closest name, else a few of its recipes."""
     known = sorted(str(found) for ending in ("*.yaml", "*.yml") for found in folder.glob(ending))
-    if close := difflib.get_close_matches(str(path), known, n=1):
+    if path != folder and (close := difflib.get_close_matches(str(path), known, n=1)):
         return f", did you mean {close[0]!r}?"
     return f"; in {folder} there are {', '.join(Path(name).name for name in known[:8])}" if known else ""
 

@@ -35,7 +35,15 @@ class Entry:
         return not self.requires or importlib.util.find_spec(self.requires) is not None
 
 
-_TORCH = ("torch", "torch._dynamo", "torch.nn.parallel", "unitrain.strategies._torch", "unitrain.trainer", "unitrain.worker")
+_TORCH = (
+    "torch",
+    "torch._dynamo",  # DDP and FSDP2 import it when they are built
+    "torch.nn.parallel",
+    "unitrain.strategies._torch_engine",
+    "unitrain.strategies._torch_models",
+    "unitrain.trainer",
+    "unitrain.worker",
+)
 
 STRATEGIES: Mapping[str, Entry] = MappingProxyType({
     "single": Entry(
@@ -73,7 +81,9 @@ MODELS: Mapping[str, Entry] = MappingProxyType({
 })  # fmt: skip
 
 SOURCES: Mapping[str, Entry] = MappingProxyType({
-    "text": Entry(path="unitrain.data.text:TextData", summary="text files, folders and globs; the corpus python-stdlib"),
+    "text": Entry(
+        path="unitrain.data.text:TextData", summary="text files, folders and globs; the corpus python-stdlib"
+    ),
     "tokens": Entry(path="unitrain.data.tokens:TokensData", summary="memory-mapped uint16 or uint32 token files"),
     "arrays": Entry(path="unitrain.data.arrays:ArraysData", summary="named arrays of an npz file"),
     "digits": Entry(
@@ -101,7 +111,12 @@ def entries(group: str) -> dict[str, Entry]:
 
 
 def entry(group: str, name: str) -> Entry:
-    """The entry of that name. Raises UnknownName with the known ones, or MissingExtra with how to install it."""
+    """The entry of that name. Raises UnknownName with the known ones, or MissingExtra with how to install it.
+
+    A strategy or launcher that no package registers goes by its own path, module:Class.
+    """
+    if ":" in name and group in ("strategies", "launchers"):
+        return Entry(path=name, summary="your own", fork=False)
     known = entries(group)
     if name not in known:
         raise UnknownName(_SINGULAR[group], name, known)
@@ -119,7 +134,14 @@ def load(group: str, name: str) -> Any:
 def resolve(path: str) -> Any:
     """The object at "module:Class"."""
     module, _, attribute = path.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name):
+            raise  # the module is there, but something that it imports is not
+        raise UserError(f"there is no module {module!r} for {path!r}; install it or set PYTHONPATH") from error
+    except AttributeError as error:
+        raise UserError(f"module {module!r} has no {attribute!r} ({error})") from error
 
 
 _SINGULAR = {"strategies": "strategy", "launchers": "launcher", "models": "model", "sources": "data source"}

@@ -20,7 +20,7 @@ from .checkpoint import CheckpointReader, Saver, SaveReport, open_newest
 from .cursor import Cursor, mix
 from .data.feed import Feed
 from .data.source import Source
-from .errors import CheckpointMismatch, RecipeError, UserError
+from .errors import CheckpointDamaged, CheckpointMismatch, RecipeError, UserError
 from .policy import due
 from .recipe import OptimizerRecipe, Recipe
 from .recipe_file import load_recipe, refuse_problems
@@ -176,7 +176,9 @@ class Trainer:
             self._open_strategies(roles, stack)
             self._open_run(stack)
             self.train_source, feed = self._feed("train", stack)
-            self.eval_source, self._eval_feed = self._feed("eval", stack) if recipe.train.eval_every != 0 else (None, None)
+            self.eval_source, self._eval_feed = (
+                self._feed("eval", stack) if recipe.train.eval_every != 0 else (None, None)
+            )
             assert self.run is not None and feed is not None, "opened above"
             for number, (name, role) in enumerate(roles.items()):
                 seed = recipe.train.seed if number == 0 else mix(recipe.train.seed, number)
@@ -208,7 +210,9 @@ class Trainer:
         refuse_problems(problem for kind in classes.values() for problem in kind.problems(recipe, cluster))
         frameworks = {kind.framework for kind in classes.values()}
         if len(frameworks) > 1:
-            raise UserError(f"the roles' strategies need {' and '.join(sorted(frameworks))} in one process; use one framework")
+            raise UserError(
+                f"the roles' strategies need {' and '.join(sorted(frameworks))} in one process; use one framework"
+            )
         self._strategies: dict[str, Strategy] = {name: kind(recipe) for name, kind in classes.items()}
 
     def _open_strategies(self, roles: dict[str, Role], stack: contextlib.ExitStack) -> None:
@@ -304,8 +308,17 @@ class Trainer:
         if self.world.first:
             newest = open_newest(root, verify="full")
             for passed in newest.passed_over:
-                print(f"warning: the checkpoint {passed.folder} is damaged and was passed over: {passed.reason}", flush=True)
+                print(
+                    f"warning: the checkpoint {passed.folder} is damaged and was passed over: {passed.reason}",
+                    flush=True,
+                )
                 self._event("checkpoint_damaged", folder=passed.folder, error=passed.reason)
+            if newest.reader is None and newest.passed_over:
+                # Starting from scratch here would lose the run's work without a word.
+                raise CheckpointDamaged(
+                    f"no checkpoint in {root} is sound: {newest.passed_over[0].reason}; mend one, or move them away "
+                    "to start from the beginning"
+                )
             folder = newest.reader.folder if newest.reader is not None else ""
         folder = self._control.share(folder)
         if not folder:

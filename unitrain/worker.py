@@ -14,16 +14,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .agent.failures import leave_failure
 from .agent.logs import attempt_folders, rank_log
 from .agent.rank import die_with, leave, line_buffered, write_to
-from .agent.records import write_record
+from .agent.records import hostname
 from .errors import ExitCode, UnitrainError
 from .world import World
 
 if TYPE_CHECKING:
     from .trainer import Trainer
-
-FAILURES = "failures"  # below the run's folder: what ranks leave that have no agent to tell
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,6 +85,8 @@ def _fail(error: BaseException, world: World, run_dir: Path | None, exit_code: i
     output = os.fstat(2)
     account = {
         "rank": world.rank,
+        "pid": os.getpid(),
+        "host": hostname(),
         "type": _name(type(error)),
         "message": str(error),
         "traceback": text,
@@ -97,8 +98,7 @@ def _fail(error: BaseException, world: World, run_dir: Path | None, exit_code: i
     # Before it is printed: the agent then knows from where on rank 0's log repeats what it will say itself.
     world.tell_agent(kind="error", **account)
     if world.agent_fd is None and run_dir is not None and run_dir.is_dir():
-        (run_dir / FAILURES).mkdir(exist_ok=True)
-        write_record(run_dir / FAILURES / f"rank-{world.rank}.json", **account)
+        leave_failure(run_dir, account)
     print(text.rstrip() or error, file=sys.stderr, flush=True)
     return exit_code
 

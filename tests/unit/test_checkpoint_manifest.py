@@ -308,8 +308,8 @@ def test_no_value_in_any_place_crashes_the_reader(value: Any, key: str) -> None:
         manifest = Manifest.from_bytes(seal(changed), "here")
     except (CheckpointDamaged, CheckpointMismatch):
         return
-    assert key in ("step", "time", "producer") or changed == document()
-    assert manifest.tensors == Manifest.from_bytes(seal(document()), "here").tensors
+    assert manifest.to_bytes() == seal(changed) or key in ("time", "tensors")
+    assert key != "tensors" or value == []
 
 
 def part(writer: int, *tensors: Tensor) -> Part:

@@ -181,6 +181,17 @@ def test_the_next_batches_are_loaded_while_nobody_waits(feed, ahead):
     assert source.fetched == [sample_ids(0, 10 + number, 8, 1000).tolist() for number in range(1 + ahead)]
 
 
+def test_a_jump_leaves_what_nobody_wants_any_more_unread(feed):
+    source = Numbers(1000)
+    source.gate.clear()
+    numbers_feed = feed(source)
+    numbers_feed.batch(0)  # being read; 1 and 2 wait behind it
+    threading.Timer(0.05, source.gate.set).start()
+    numbers_feed.batch(50).micro()
+    wait_until(lambda: len(source.fetched) == 4)
+    assert source.fetched == [sample_ids(0, step, 8, 1000).tolist() for step in (0, 50, 51, 52)]
+
+
 def test_ids_are_known_before_their_samples_are_read(feed):
     source = Numbers(1000)
     source.gate.clear()

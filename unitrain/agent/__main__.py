@@ -6,10 +6,11 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import UnitrainError, UserError
+from ..errors import ExitCode, UnitrainError, UserError
 from .job import AgentJob, read_job
 from .rank import die_with
 from .screen import screen_for
@@ -36,6 +37,9 @@ def main() -> int:
     except UnitrainError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except Exception:
+        traceback.print_exc()  # ours; the launcher must still see a failed run, and not Python's exit code 1
+        return ExitCode.FAILED
 
 
 def choose_starters(job: AgentJob, run_dir: Path, logs: Path) -> Sequence[Starter]:

@@ -15,13 +15,14 @@ from typing import Any
 
 from ..errors import ExitCode, UserError
 from ..launcher import Job, JobStatus, Rendered
-from .logs import attempt_folders, attempt_number, find_log, log_lines, no_log
+from .logs import attempt_number, find_log, log_lines, new_attempt, no_log
 from .records import EXIT, Process, read_record, write_exit, write_record
+from .signals import STOPPING
 from .threads import thread_defaults
 
 STATE = "job-state.json"  # which process is the job, since when, and whether somebody cancelled it
 _POLL_SECONDS = 0.05
-_STOPPED = {128 + number: signal.Signals(number).name for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
+_STOPPED = {128 + number: number.name for number in STOPPING}
 
 
 def start_job(job: Job, rendered: Rendered, launcher: str, *, detached: bool = False) -> subprocess.Popen[bytes]:
@@ -30,12 +31,10 @@ def start_job(job: Job, rendered: Rendered, launcher: str, *, detached: bool = F
     for name, content in rendered.files.items():
         (run_dir / name).write_text(content)
     (run_dir / EXIT).unlink(missing_ok=True)
-    folders = attempt_folders(run_dir)
-    state = {"launcher": launcher, "submitted": time.time(), "first_attempt": attempt_number(folders[-1]) + 1 if folders else 0}
+    state = {"launcher": launcher, "submitted": time.time(), "attempt": attempt_number(new_attempt(run_dir))}
     with contextlib.ExitStack() as stack:
         output: Any = None
         if detached:
-            (run_dir / "logs").mkdir(exist_ok=True)
             output = stack.enter_context((run_dir / "logs" / "agent.log").open("ab"))
         process = subprocess.Popen(
             rendered.argv,
@@ -49,10 +48,10 @@ def start_job(job: Job, rendered: Rendered, launcher: str, *, detached: bool = F
     return process
 
 
-def wait_for(process: subprocess.Popen[bytes]) -> int:
-    """The exit code of a job that we started. Signals that we get meanwhile are the job's."""
-    with _forwarded_to(process):
-        return process.wait()
+def wait_for(process: subprocess.Popen[bytes]) -> tuple[int, int | None]:
+    """The exit code of a job that we started, and the signal, if any, that we got meanwhile and passed on."""
+    with _forwarded_to(process) as caught:
+        return process.wait(), caught[0] if caught else None
 
 
 def wait_until_ended(run_dir: Path, job_id: str) -> int:
@@ -81,9 +80,9 @@ def job_status(run_dir: Path, job_id: str) -> JobStatus:
 
 def job_log(run_dir: Path, *, rank: int, follow: bool) -> Iterator[str]:
     """Lines of one rank's log, newest attempt; with `follow` until the job ends. Raises UserError for no such log."""
-    state = read_record(run_dir / STATE) or {"job_id": ""}
-    running = bool(state["job_id"]) and job_status(run_dir, state["job_id"]).state == "running"
-    since = state["first_attempt"] if running else 0
+    state = job_state(run_dir)
+    running = job_status(run_dir, state["job_id"]).state == "running"
+    since = state["attempt"] if running else 0
     if not running and find_log(run_dir, rank) is None:
         raise no_log(run_dir, rank)
     return log_lines(
@@ -100,8 +99,7 @@ def cancel_job(run_dir: Path, job_id: str, *, grace_seconds: float) -> None:
         raise UserError(f"the job was started on {process.host}; cancel it there")
     if not process.alive:
         return
-    state = read_record(run_dir / STATE) or {}
-    write_record(run_dir / STATE, **{**state, "cancelled": time.time()})
+    write_record(run_dir / STATE, **{**job_state(run_dir), "cancelled": time.time()})
     os.kill(process.pid, signal.SIGTERM)
     deadline = time.monotonic() + grace_seconds
     while process.alive:
@@ -113,29 +111,39 @@ def cancel_job(run_dir: Path, job_id: str, *, grace_seconds: float) -> None:
         write_exit(run_dir, 128 + signal.SIGTERM)
 
 
-def was_cancelled(run_dir: Path) -> bool:
-    """True when somebody has cancelled the job since it was started."""
-    return "cancelled" in (read_record(run_dir / STATE) or {})
+def job_state(run_dir: Path) -> dict[str, Any]:
+    """launcher, job_id, submitted (Unix time), attempt, process, and cancelled (Unix time) once somebody did.
+
+    Raises UserError where no job was ever started.
+    """
+    state = read_record(run_dir / STATE)
+    if state is None:
+        raise UserError(f"no job was started in {run_dir}; start one with unitrain launch")
+    return state
 
 
 def _process(run_dir: Path, job_id: str) -> Process:
-    state = read_record(run_dir / STATE)
-    if state is None or state["job_id"] != job_id:
-        newest = f"; its newest job is {state['job_id']}" if state else ""
-        raise UserError(f"{run_dir} has no job {job_id!r}{newest}")
+    state = job_state(run_dir)
+    if state["job_id"] != job_id:
+        raise UserError(f"{run_dir} has no job {job_id!r}; its newest is {state['job_id']}")
     return Process(**state["process"])
 
 
 @contextlib.contextmanager
-def _forwarded_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Pass SIGINT and SIGTERM on: a terminal sends them to the job as well, but `kill` and `docker stop` do not."""
+def _forwarded_to(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Pass signals on: a terminal sends them to the job as well, but `kill` and `docker stop` do not."""
+    caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield caught
         return
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda caught, frame: process.send_signal(caught)) for number in signals}
+
+    def forward(number: int, frame: object) -> None:
+        caught.append(number)
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in STOPPING}
     try:
-        yield
+        yield caught
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -25,10 +25,12 @@ def attempt_number(folder: Path) -> int:
 
 
 def new_attempt(run_dir: Path) -> Path:
-    """Make the log folder of the next attempt."""
+    """The log folder of the next attempt: made now, or by whoever prepared the attempt, when nothing is in it yet."""
     folders = attempt_folders(run_dir)
+    if folders and not any(folders[-1].iterdir()):
+        return folders[-1]
     folder = run_dir / "logs" / f"attempt-{attempt_number(folders[-1]) + 1 if folders else 0}"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)  # another node may make it at this moment
     return folder
 
 

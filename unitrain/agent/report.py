@@ -34,15 +34,15 @@ class Failure:
     spoke: bool = True  # False: it ended without an exception of its own
 
     @classmethod
-    def from_message(cls, message: dict[str, Any], *, rank: int, host: str, log: Path, pid: int | None) -> Failure:
+    def from_message(cls, message: dict[str, Any], log: Path) -> Failure:
         """A rank's own account, as the worker tells it."""
         expected = not message["traceback"]
         return cls(
-            rank=rank,
+            rank=message["rank"],
             at=message["monotonic"],
-            host=host,
+            host=message["host"],
             log=log,
-            pid=pid,
+            pid=message["pid"],
             exit_code=message["exit_code"],
             how=f"raised {message['type']}",
             error=message["message"] if expected else f"{message['type']}: {message['message']}".removesuffix(": "),
@@ -86,7 +86,7 @@ def failure_block(failure: Failure, run_dir: Path, *, log_shown: bool) -> str:
     process = f"pid {failure.pid}, {failure.host}" if failure.pid else failure.host
     lines = [
         f"rank {failure.rank} {failure.how} ({process})",
-        f"  its log: {failure.log}",
+        f"  its log: {_near(failure.log)}",
         f"  {next_command(run_dir)}",
     ]
     if not failure.spoke and not log_shown:
@@ -97,10 +97,15 @@ def failure_block(failure: Failure, run_dir: Path, *, log_shown: bool) -> str:
 
 def next_command(run_dir: Path) -> str:
     """The command that goes on from the last checkpoint, or the one that starts over."""
-    folder = shlex.quote(str(run_dir))
     if _has_checkpoint(run_dir):
-        return f"to continue from its last checkpoint: unitrain resume {folder}"
-    return f"it has no checkpoint yet; to start over: unitrain launch {shlex.quote(str(run_dir / 'recipe.yaml'))}"
+        return f"to continue from its last checkpoint: unitrain resume {shlex.quote(_near(run_dir))}"
+    return f"it has no checkpoint yet; to start over: unitrain launch {shlex.quote(_near(run_dir / 'recipe.yaml'))}"
+
+
+def _near(path: Path) -> str:
+    """The path as one would type it here."""
+    absolute, here = path.absolute(), Path.cwd()
+    return str(absolute.relative_to(here) if absolute.is_relative_to(here) else path)
 
 
 def _has_checkpoint(run_dir: Path) -> bool:

@@ -150,7 +150,6 @@ class Warm(Starter):
         for line in lines:
             event = json.loads(line)
             if "refused" in event:
-                self.close()
                 raise CannotFork(event["refused"])
             if "pid" in event:
                 self._alive[event["rank"]] = event["pid"]
@@ -167,7 +166,6 @@ class Warm(Starter):
         code = self._process.wait()
         cause = f"the process that forked it (pid {self._process.pid}) {describe_exit(code)}; see {self._log}"
         if all(pid is None for pid in self._alive.values()):
-            self.close()
             raise CannotFork(f"the warm process {describe_exit(code)} before it had forked a rank; see {self._log}")
         lost = [Ended(rank, -signal.SIGKILL, time.monotonic(), cause) for rank in self._alive]
         self._alive.clear()

@@ -185,8 +185,7 @@ class Agent:
         if kind == "progress":
             self.screen.progress(message)
         elif kind == "error":
-            log = rank_log(self._attempt, rank.start.rank)
-            self._failed(Failure.from_message(message, rank=rank.start.rank, host=hostname(), log=log, pid=rank.pid))
+            self._failed(Failure.from_message(message, rank_log(self._attempt, rank.start.rank)))
             rank.spoke = True
             if rank.start.rank == 0 and message["log_size"] is not None:
                 self._quiet_from = message["log_size"]

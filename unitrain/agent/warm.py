@@ -43,6 +43,8 @@ def main() -> None:
     starts = _prepare(task)
     if starts is not None and serve(task, starts, pids):
         run_entry(task["entry"], task["arguments"])
+    sys.stderr.flush()
+    os._exit(0)  # whatever threads the imports have started
 
 
 def serve(task: dict[str, Any], starts: list[RankStart], pids: dict[int, int]) -> bool:

@@ -12,6 +12,7 @@ import typer
 
 from ..errors import ExitCode, UserError
 from . import complete
+from .runs import counted, state_of
 
 if TYPE_CHECKING:
     from ..launcher import Job, Launcher, Rendered
@@ -59,14 +60,15 @@ def launch(
     from ..run import RUNS, Run, new_id
 
     recipe = load_recipe(recipe_path, overrides or [], strategy=strategy, launcher=launcher, nproc=nproc, nodes=nodes)
-    check(recipe, with_strategy=dry_run)
     if run_dir is not None:
         Run.refuse_taken(run_dir)
+    check(recipe, with_strategy=dry_run)  # a strategy's class costs the import of its framework; its ranks check again
     if dry_run:
         run = Run(run_dir or RUNS / new_id(recipe.name))
         _show(recipe, run, *_prepared(run, recipe)[1:])
         return
-    raise typer.Exit(_start(Run.create(run_dir, recipe), recipe))
+    run = Run.create(run_dir, recipe)
+    raise typer.Exit(_start(run, recipe, _near(run.folder)))
 
 
 def resume(
@@ -82,16 +84,16 @@ def resume(
     """
     from ..recipe_file import check, load_recipe
     from ..run import Run
-    from .runs import state_of
 
     run = Run.open(name)
     if (state := state_of(run).state) in ("pending", "running"):
         raise UserError(f"{run.id} is {state}; wait for its end, or stop it with `unitrain cancel {name}`")
+    folder = _near(run.folder)
     _return_to(run.launched().get("cwd"))
     recipe = load_recipe(run.recipe_path, overrides or [], strategy=strategy, nproc=nproc)
     check(recipe)
     run.rewrite_recipe(recipe)
-    raise typer.Exit(_start(run, recipe))
+    raise typer.Exit(_start(run, recipe, folder))
 
 
 def _return_to(folder: str | None) -> None:
@@ -126,11 +128,11 @@ def _prepared(run: Run, recipe: Recipe) -> tuple[Launcher, Job, Rendered]:
     return launcher, job, launcher.render(job)
 
 
-def _start(run: Run, recipe: Recipe) -> int:
-    """Start the run and follow it; its exit code."""
+def _start(run: Run, recipe: Recipe, folder: Path) -> int:
+    """Start the run and follow it; its exit code. `folder` is the run's, as it is told to the user."""
     launcher, job, rendered = _prepared(run, recipe)
-    ranks = job.nodes * job.nproc
-    print(f"{run.id}: {recipe.strategy.name} on {ranks} rank{'s'[: ranks > 1]}, by {recipe.launcher.name}", flush=True)
+    ranks = counted(job.nodes * job.nproc, "rank")
+    print(f"{run.id}: {recipe.strategy.name} on {ranks}, by {recipe.launcher.name}", flush=True)
     job_id = launcher.submit(job, rendered)
     run.event(
         "launch",
@@ -141,7 +143,6 @@ def _start(run: Run, recipe: Recipe) -> int:
         nproc=job.nproc,
         cwd=str(Path.cwd()),
     )
-    folder = _near(run.folder)
     try:
         code = launcher.wait(job, job_id)
     except KeyboardInterrupt:
@@ -164,7 +165,8 @@ def _show(recipe: Recipe, run: Run, job: Job, rendered: Rendered) -> None:
     parts |= {str(folder / path): content for path, content in rendered.files.items()}
     for path, content in parts.items():
         print(f"# file {path}\n{content.rstrip()}\n")
-    print(f"# command, for {job.nodes * job.nproc} ranks on {job.nodes} nodes")
+    ranks = counted(job.nodes * job.nproc, "rank")
+    print(f"# command on {'this machine' if job.nodes == 1 else f'each of {job.nodes} nodes'}, for {ranks}")
     setting = [f"{name}={shlex.quote(value)}" for name, value in rendered.environ.items()]
     print(" ".join([*setting, shlex.join(rendered.argv)]))
 

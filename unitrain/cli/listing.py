@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ..errors import UnitrainError
+
+if TYPE_CHECKING:
+    from ..run import Run
 
 
 class Group(StrEnum):
@@ -27,9 +32,8 @@ def list_names(
     """List strategies, launchers, models, sources, or the runs in ./runs."""
     if group is Group.RUNS:
         from ..run import Run
-        from .runs import summary
 
-        summaries = [summary(run) for run in reversed(Run.all())]
+        summaries = [_summary(run) for run in reversed(Run.all())]
         print_json(summaries) if as_json else _print_runs(summaries)
         return
     found = _registered(group.value)
@@ -69,20 +73,29 @@ def _registered(group: str) -> list[dict[str, Any]]:
     ]
 
 
+def _summary(run: Run) -> dict[str, Any]:
+    """One run that cannot be read must not hide the others."""
+    from .runs import summary
+
+    try:
+        return summary(run)
+    except UnitrainError as error:
+        return {"id": run.id, "folder": str(run.folder), "state": "unreadable", "detail": str(error)}
+
+
 def _print_runs(summaries: Sequence[dict[str, Any]]) -> None:
     if not summaries:
         print("no runs in ./runs; start one with `unitrain launch RECIPE`")
         return
     from ..track.lines import number
 
-    rows = [
-        [
-            run["id"],
-            run["state"],
-            f"{run['step']}/{run['steps']}",
-            number(run["train"]["loss"]) if run["train"] else "",
-            f"{run['strategy']} x{run['ranks']}",
-        ]
-        for run in summaries
-    ]
+    rows = []
+    for run in summaries:
+        if run["state"] == "unreadable":
+            rows.append([run["id"], run["state"], "", "", run["detail"]])
+            continue
+        loss = number(run["train"]["loss"]) if run["train"] else ""
+        rows.append(
+            [run["id"], run["state"], f"{run['step']}/{run['steps']}", loss, f"{run['strategy']} x{run['ranks']}"]
+        )
     print_table(["run", "state", "step", "loss", "strategy"], rows)

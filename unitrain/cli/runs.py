@@ -94,6 +94,11 @@ def summary(run: Run) -> dict[str, Any]:
     }
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def _recipe(run: Run) -> Recipe:
     from ..recipe_file import load_recipe
 
@@ -115,11 +120,12 @@ def _print_status(facts: dict[str, Any]) -> None:
     rows = {
         "run": facts["id"],
         "state": f"{state}; {facts['detail']}" if facts["detail"] else state,
-        "on": f"{facts['strategy']}, {facts['ranks']} ranks, by {facts['launcher']}",
+        "started": f"{facts['strategy']} on {counted(facts['ranks'], 'rank')}, by {facts['launcher']}",
         "step": f"{facts['step']}/{facts['steps']}",
     }
     if train := facts["train"]:
-        rows["train"] = lines.progress_line(train, facts["steps"]).partition("  ")[2]
+        until = facts["steps"] if facts["state"] == "running" else train["step"]  # no time is left to one that ended
+        rows["train"] = lines.progress_line(train, until).partition("  ")[2]
     if facts["eval"]:
         rows["eval"] = lines.evaluation_line(facts["eval"]).removeprefix("eval ")
     if facts["checkpoint"] is not None:

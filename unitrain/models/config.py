@@ -125,7 +125,7 @@ class GPTShape:
 
 # feed-forward widths are near 8/3 of the width, where SwiGLU's three matrices cost what two of 4 x width would
 SIZES: Mapping[str, Mapping[str, int]] = MappingProxyType({
-    "tiny": {"layers": 4, "width": 144, "heads": 4, "ffn": 384},
+    "tiny": {"layers": 3, "width": 160, "heads": 4, "ffn": 448},
     "small": {"layers": 8, "width": 384, "heads": 6, "ffn": 1024},
     "124m": {"layers": 12, "width": 768, "heads": 12, "ffn": 2048},
     "1b": {"layers": 20, "width": 2048, "heads": 16, "ffn": 5632},

@@ -35,3 +35,9 @@ def toy_loss(model: ToyModel, batch: Mapping[str, Tensor]) -> Loss:
     error = 0.5 * (model(batch["x"]) - batch["y"]).square().sum(dim=1)
     rows = batch["weight"].ne(0).sum()
     return Loss((batch["weight"] * error).sum(), batch["weight"].sum(), {"counted": (rows, len(error))})
+
+
+def probe(model: ToyModel) -> tuple[list[float], bool]:
+    """A forward pass over fixed rows, and whether the model was in training mode."""
+    x = torch.linspace(-1, 1, 2 * NUM_IN, device=next(model.parameters()).device).reshape(2, NUM_IN)
+    return model(x).flatten().tolist(), model.training

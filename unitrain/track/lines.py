@@ -30,7 +30,7 @@ def progress_line(record: Mapping[str, Any], steps: int) -> str:
         parts.append(f"mfu {record['mfu']:.0%}")
     if record.get("memory_bytes"):
         parts.append(f"mem {size(record['memory_bytes'])}")
-    if (left := seconds_left(record, steps)) is not None:
+    if left := seconds_left(record, steps):
         parts.append(f"eta {duration(left)}")
     return "  ".join(parts)
 

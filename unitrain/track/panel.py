@@ -95,13 +95,20 @@ class Panel:
     def _progress(self, room: int) -> Table:
         step = self.train.get("step", 0)
         left = lines.seconds_left(self.train, self.steps) if self.train else None
-        texts = [f"{step}/{self.steps}", f"{step / self.steps if self.steps else 1:>4.0%}"]
+        texts = [f"{step:>{len(str(self.steps))}}/{self.steps}", f"{step / self.steps if self.steps else 1:>4.0%}"]
         if left is not None and step < self.steps:
             texts.append(f"eta {lines.duration(left)}")
+        while len("  ".join(texts)) > room and len(texts) > 1:
+            texts.pop()
         cells: list[Text | ProgressBar] = [Text(text) for text in texts]
         if room + 8 >= _LEAST_FOR_BAR:
             bar = room - sum(len(text) + 2 for text in texts)
-            cells.insert(1, ProgressBar(total=max(self.steps, 1), completed=step, width=bar, complete_style="green"))
+            cells.insert(
+                1,
+                ProgressBar(
+                    total=max(self.steps, 1), completed=step, width=bar, complete_style="green", finished_style="green"
+                ),
+            )
         row = Table.grid(padding=(0, 2, 0, 0))
         for _ in cells:
             row.add_column(no_wrap=True)

@@ -1,0 +1,82 @@
+"""How a role's model comes to be on a rank: built, filled with initial values, and prepared in place."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from unitrain.errors import UserError
+from unitrain.strategy import Role
+
+
+def build_model(role: Role, seed: int, device: torch.device) -> nn.Module:
+    """The role's model on this device, the same on every rank."""
+    if role.initial is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return _checked(role.model()).to(device)
+    model = empty_model(role)
+    model.to_empty(device=device)
+    fill_initial(model, role, seed)
+    return model
+
+
+def empty_model(role: Role) -> nn.Module:
+    """The role's model without memory (on the meta device), for models whose role gives initial values."""
+    with torch.device("meta"):
+        return _checked(role.model())
+
+
+@torch.no_grad()
+def fill_initial(
+    model: nn.Module,
+    role: Role,
+    seed: int,
+    local: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    offset: Callable[[Tensor], tuple[int, ...] | None] = lambda tensor: None,
+) -> None:
+    """Write initial values into this rank's part of every parameter, and reset the buffers."""
+    assert role.initial is not None, "checked by the caller"
+    for name, param in model.named_parameters():
+        values = torch.from_numpy(role.initial(name, tuple(param.shape), seed))
+        part, begin = local(param), offset(param)
+        if begin is not None:
+            values = values[tuple(slice(b, b + n) for b, n in zip(begin, part.shape, strict=True))]
+        part.copy_(values)
+    for module in model.modules():
+        if any(True for _ in module.buffers(recurse=False)):
+            # A module that has buffers must know how to set them: nothing else does once it was built empty.
+            reset: Any = module.reset_running_stats  # batch norms have it
+            reset()
+
+
+def apply_model_options(model: nn.Module, options: Mapping[str, Any]) -> None:
+    """Activation checkpointing and torch.compile, in place: the names of parameters stay as they are."""
+    for unit in sharding_units(model) or [model]:
+        if options.get("activation_checkpointing"):
+            unit.forward = functools.partial(_checkpointed, unit.forward)
+        if options.get("compile"):
+            unit.compile()
+
+
+def sharding_units(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model: what it says itself, or the members of its module lists."""
+    own: Any = getattr(model, "sharding_units", None)
+    if own is not None:
+        return list(own())
+    return [child for module in model.modules() if isinstance(module, nn.ModuleList) for child in module]
+
+
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def _checked(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise UserError(f"build_model returned a {type(model).__name__}; a torch strategy needs a torch.nn.Module")
+    return model
