@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +13,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unitrain.errors import Refused, did_you_mean
-from unitrain.recipe import Recipe
-from unitrain.strategy import Cluster, Problem, Strategy
+from unitrain.errors import Refused
+from unitrain.strategy import Strategy
 from unitrain.world import World
 
 GLOO_REST_SECONDS = 0.02
@@ -28,24 +27,11 @@ class TorchStrategy(Strategy):
     """Processes, devices and the control plane of a torch strategy."""
 
     framework = "torch"
-    option_names: ClassVar[tuple[str, ...]] = ("activation_checkpointing", "compile")
-
-    @classmethod
-    def problems(cls, recipe: Recipe, cluster: Cluster) -> list[Problem]:
-        """See Strategy."""
-        known = cls.option_names
-        return [
-            Problem(
-                f"strategy {cls.name!r} has no option {name!r}{did_you_mean(name, known)}", f"known: {', '.join(known)}"
-            )
-            for name in recipe.strategy.options
-            if name not in known
-        ]
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """The recipe's `strategy.options`; empty when the recipe's options are for another strategy."""
-        return self.recipe.strategy.options if self.recipe.strategy.name == self.name else {}
+        """The recipe's `strategy.options`."""
+        return self.recipe.strategy.options
 
     def open(self, world: World) -> None:
         """See Strategy."""

@@ -86,17 +86,22 @@ class LossModule(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, losses: Mapping[str, LossFunction], *, compute: torch.dtype | None, carry: bool = False
+        self,
+        model: nn.Module,
+        losses: Mapping[str, LossFunction],
+        device: torch.device,
+        *,
+        precision: str,
+        carry: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
-        self.functions, self.compute = losses, compute
-        self.device_type = next((p.device.type for p in model.parameters()), "cpu")
+        self.functions, self.compute, self.device_type = losses, COMPUTE[precision], device.type
         self.totals: Tensor | None = None
         self.metrics: dict[str, Tensor] = {}
         self.scale: Tensor | None = None  # fp16 only
         # Last, so that it falls into the bucket that is reduced first.
-        self.carry = nn.Parameter(torch.zeros(2, device=_device_of(model))) if carry else None
+        self.carry = nn.Parameter(torch.zeros(2, device=device)) if carry else None
 
     def start(self) -> None:
         """Forget the sums of the last update."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -10,28 +9,26 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from unitrain.batch import MicroBatch
+from unitrain.strategies import _torch_refusals
 from unitrain.strategies._torch import TorchStrategy
-from unitrain.strategies._torch_engine import COMPUTE, LossModule, Sharing, TorchEngine, norm_of
+from unitrain.strategies._torch_engine import LossModule, Sharing, TorchEngine, norm_of
 from unitrain.strategies._torch_models import apply_model_options, build_model
 from unitrain.strategy import Role
-
-_OWNED = ("module", "device_ids", "output_device", "dim", "process_group", "device_mesh", "mixed_precision")
-DDP_OPTIONS = tuple(name for name in inspect.signature(DistributedDataParallel).parameters if name not in _OWNED)
 
 
 class DDP(TorchStrategy):
     """Options other than the common ones go to `DistributedDataParallel` unchanged."""
 
     name: ClassVar[str] = "ddp"
-    option_names: ClassVar[tuple[str, ...]] = (*TorchStrategy.option_names, *DDP_OPTIONS)
+    problems = staticmethod(_torch_refusals.ddp)
 
     def bind(self, role: Role, seed: int) -> TorchEngine:
         """See Strategy."""
         model = build_model(role, seed, self.device)
         apply_model_options(model, self.options)
         trained = role.optimizer is not None and self.world.size > 1
-        losses = LossModule(model, role.losses, compute=COMPUTE[self.recipe.train.precision], carry=trained)
-        own = {name: value for name, value in self.options.items() if name in DDP_OPTIONS}
+        losses = LossModule(model, role.losses, self.device, precision=self.recipe.train.precision, carry=trained)
+        own = {name: value for name, value in self.options.items() if name in _torch_refusals.DDP}
         sharing = Replicated(losses, own, self.world.size) if trained else Sharing(losses)
         return TorchEngine(model, role, sharing, self.recipe, self.world)
 

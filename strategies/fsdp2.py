@@ -20,9 +20,9 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard
 
 from unitrain.errors import UserError
-from unitrain.recipe import Recipe
+from unitrain.strategies import _torch_refusals
 from unitrain.strategies._torch import TorchStrategy
-from unitrain.strategies._torch_engine import COMPUTE, LossModule, Sharing, TorchEngine, norm_of
+from unitrain.strategies._torch_engine import LossModule, Sharing, TorchEngine, norm_of
 from unitrain.strategies._torch_models import (
     apply_model_options,
     build_model,
@@ -30,7 +30,7 @@ from unitrain.strategies._torch_models import (
     fill_initial,
     sharding_units,
 )
-from unitrain.strategy import Cluster, Problem, Role
+from unitrain.strategy import Role
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,34 +44,7 @@ class FSDP2(TorchStrategy):
     """
 
     name: ClassVar[str] = "fsdp2"
-    option_names: ClassVar[tuple[str, ...]] = (
-        *TorchStrategy.option_names,
-        "cpu_offload",
-        "param_dtype",
-        "reduce_dtype",
-        "reshard_after_forward",
-        "shard_size",
-    )
-
-    @classmethod
-    def problems(cls, recipe: Recipe, cluster: Cluster) -> list[Problem]:
-        """See Strategy."""
-        found = super().problems(recipe, cluster)
-        options = recipe.strategy.options
-        size = options.get("shard_size")
-        if size is not None and (not isinstance(size, int) or size < 1 or cluster.ranks % size):
-            found.append(
-                Problem(
-                    f"strategy.options.shard_size is {size!r}, which does not divide {cluster.ranks} ranks into groups",
-                    "use a divisor of the number of ranks, or leave it out to shard over all of them",
-                )
-            )
-        for name in ("param_dtype", "reduce_dtype"):
-            if options.get(name) not in (None, *DTYPES):
-                found.append(
-                    Problem(f"strategy.options.{name} is {options[name]!r}", f"use one of {', '.join(DTYPES)}")
-                )
-        return found
+    problems = staticmethod(_torch_refusals.fsdp2)
 
     def bind(self, role: Role, seed: int) -> TorchEngine:
         """See Strategy."""
@@ -81,7 +54,7 @@ class FSDP2(TorchStrategy):
         _check_shapes(model)
         apply_model_options(model, self.options)
         self._shard(model, mesh)
-        sharing = Sharded(LossModule(model, role.losses, compute=COMPUTE[self.recipe.train.precision]), mesh)
+        sharing = Sharded(LossModule(model, role.losses, self.device, precision=self.recipe.train.precision), mesh)
         if born_sharded:
             model.to_empty(device="cpu" if self.options.get("cpu_offload") else self.device)
             fill_initial(model, role, seed, sharing.local, sharing.offset)

@@ -65,7 +65,8 @@ def to_yaml(recipe: Recipe) -> str:
 def check(recipe: Recipe, *, with_strategy: bool = False) -> None:
     """Refuse, before anything starts, what cannot run as a whole.
 
-    Needs no framework, unless `with_strategy` asks for the strategy's own refusals too (the Trainer always does).
+    Asks the strategy too where that needs no framework, or where `with_strategy` bears with importing one (the
+    Trainer always asks).
     Raises UnknownName, MissingExtra, RecipeError, or Refused with every problem and its alternative.
     """
     strategy = registry.entry("strategies", recipe.strategy.name)
@@ -78,7 +79,9 @@ def check(recipe: Recipe, *, with_strategy: bool = False) -> None:
         )
     _check_module(recipe.trainer)
     problems: list[Problem] = launcher.problems(recipe)
-    if with_strategy:
+    if strategy.problems:
+        problems += registry.resolve(strategy.problems)(recipe, cluster)
+    elif with_strategy:
         problems += registry.resolve(strategy.path).problems(recipe, cluster)
     refuse_problems(problems)
 

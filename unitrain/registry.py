@@ -26,6 +26,7 @@ class Entry:
     requires: str = ""  # the import name of a package that must be there
     package: str = ""  # its name for people
     extra: str = ""  # the extra that installs it
+    problems: str = ""  # "module:function" that says what it refuses without importing the framework
     preload: tuple[str, ...] = ()  # what a warm process imports before it forks ranks
     fork: bool = True  # False: the framework starts threads at import
 
@@ -50,18 +51,21 @@ STRATEGIES: Mapping[str, Entry] = MappingProxyType({
         path="unitrain.strategies.single:Single",
         summary="one process, the reference for all others",
         framework="torch",
+        problems="unitrain.strategies._torch_refusals:single",
         preload=_TORCH,
     ),
     "ddp": Entry(
         path="unitrain.strategies.ddp:DDP",
         summary="PyTorch DDP: every rank holds the whole model",
         framework="torch",
+        problems="unitrain.strategies._torch_refusals:ddp",
         preload=_TORCH,
     ),
     "fsdp2": Entry(
         path="unitrain.strategies.fsdp2:FSDP2",
         summary="PyTorch FSDP2: parameters, gradients and moments sharded over the ranks",
         framework="torch",
+        problems="unitrain.strategies._torch_refusals:fsdp2",
         preload=(*_TORCH, "torch.distributed.fsdp"),
     ),
 })  # fmt: skip

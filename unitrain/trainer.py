@@ -22,7 +22,7 @@ from .data.feed import Feed
 from .data.source import Source
 from .errors import CheckpointDamaged, CheckpointMismatch, RecipeError, UserError
 from .policy import due
-from .recipe import OptimizerRecipe, Recipe
+from .recipe import OptimizerRecipe, Recipe, StrategyRecipe
 from .recipe_file import load_recipe, refuse_problems
 from .run import Run
 from .schedule import learning_rate
@@ -205,15 +205,20 @@ class Trainer:
                 f"{recipe.train.global_batch} ranks or a larger train.global_batch"
             )
         cluster = Cluster(nodes=world.nodes, nproc=world.local_size)
-        names = {role.strategy or recipe.strategy.name for role in roles.values()}
-        classes = {name: registry.load("strategies", name) for name in sorted(names)}
-        refuse_problems(problem for kind in classes.values() for problem in kind.problems(recipe, cluster))
+        recipes = {recipe.strategy.name: recipe} | {
+            # The recipe's options are for the recipe's strategy.
+            role.strategy: recipe.replace(strategy=StrategyRecipe(name=role.strategy))
+            for role in roles.values()
+            if role.strategy not in (None, recipe.strategy.name)
+        }
+        classes = {name: registry.load("strategies", name) for name in recipes}
+        refuse_problems(problem for name, kind in classes.items() for problem in kind.problems(recipes[name], cluster))
         frameworks = {kind.framework for kind in classes.values()}
         if len(frameworks) > 1:
             raise UserError(
                 f"the roles' strategies need {' and '.join(sorted(frameworks))} in one process; use one framework"
             )
-        self._strategies: dict[str, Strategy] = {name: kind(recipe) for name, kind in classes.items()}
+        self._strategies: dict[str, Strategy] = {name: kind(recipes[name]) for name, kind in classes.items()}
 
     def _open_strategies(self, roles: dict[str, Role], stack: contextlib.ExitStack) -> None:
         for strategy in self._strategies.values():

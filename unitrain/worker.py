@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from .agent.failures import leave_failure
 from .agent.logs import attempt_folders, rank_log
-from .agent.rank import die_with, leave, line_buffered, write_to
+from .agent.rank import die_with, leave, line_buffered, skip_teardown, write_to
 from .agent.records import hostname
 from .errors import ExitCode, UnitrainError
 from .world import World
@@ -110,4 +110,5 @@ def _name(kind: type[BaseException]) -> str:
 
 
 if __name__ == "__main__":
+    skip_teardown()
     leave(main())

@@ -286,6 +286,22 @@ def test_a_failed_rank_leaves_at_once_though_its_threads_hang(attempt: Any) -> N
     assert time.monotonic() - began < 5
 
 
+@both_starters
+def test_a_rank_that_succeeds_ends_its_threads_and_exit_functions_first(attempt: Any, fork: bool) -> None:
+    run = attempt(
+        """
+        import atexit
+        atexit.register(lambda: print("exit function"))
+        threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+        sys.stdout.write("unfinished line, ")
+        """,
+        nproc=1,
+        fork=fork,
+    )
+    code, out, err = run.run()
+    assert (code, out, err) == (0, "unfinished line, thread\nexit function\n", "")
+
+
 @pytest.mark.parametrize(("code", "ours"), [(75, 75), (78, 78), (3, 70)])
 def test_exit_codes_of_ranks_become_those_that_schedulers_know(attempt: Any, code: int, ours: int) -> None:
     run = attempt(f"os._exit({code})")

@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .rank import RankStart, die_with, run_entry
+from .rank import RankStart, die_with, run_entry, skip_teardown
 from .signals import SignalPipe, signal_group
 from .starters import fork_rank, reap
 
@@ -27,6 +27,7 @@ _OWN_THREADS = Path("/proc/self/task")
 
 def main() -> None:
     """Import, fork on command, report every end, and leave when the agent is gone."""
+    skip_teardown()
     task = json.loads(sys.argv[1])
     pids: dict[int, int] = {}
 
