@@ -7,13 +7,13 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from unitrain.errors import Refused
+from unitrain.strategies._torch_ranks import Ranks
 from unitrain.strategy import Strategy
 from unitrain.world import World
 
@@ -27,6 +27,7 @@ class TorchStrategy(Strategy):
     """Processes, devices and the control plane of a torch strategy."""
 
     framework = "torch"
+    made_group = False  # True: the process group is ours to end
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -40,7 +41,12 @@ class TorchStrategy(Strategy):
             # A forked rank imported torch before it knew its share of the cores.
             torch.set_num_threads(world.threads)
         self.device = _device(world)
-        if world.size > 1 and not dist.is_initialized():
+        self.ranks = self.join(world)
+
+    def join(self, world: World) -> Ranks:
+        """Meet the other ranks; a process group that somebody has made already is used as it is."""
+        self.made_group = world.size > 1 and not dist.is_initialized()
+        if self.made_group:
             dist.init_process_group(
                 self.backend,
                 init_method=f"tcp://{world.coordinator}",
@@ -48,6 +54,7 @@ class TorchStrategy(Strategy):
                 world_size=world.size,
                 timeout=JOIN_TIMEOUT,
             )
+        return Ranks(world.rank, world.size)
 
     @property
     def backend(self) -> str:
@@ -67,19 +74,11 @@ class TorchStrategy(Strategy):
 
     def share(self, text: str) -> str:
         """See Strategy."""
-        if self.world.size == 1:
-            return text
-        data = np.frombuffer(text.encode(), dtype=np.uint8).copy()
-        length = torch.tensor([len(data)])
-        dist.broadcast(length, 0)
-        letters = torch.from_numpy(data) if self.world.first else torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(letters, 0)
-        return letters.numpy().tobytes().decode()
+        return self.ranks.share(text)
 
     def barrier(self) -> None:
         """See Strategy."""
-        if self.world.size > 1:
-            dist.all_reduce(torch.zeros(1))
+        self.ranks.barrier()
 
     def memory_bytes(self) -> int:
         """See Strategy."""
@@ -94,7 +93,7 @@ class TorchStrategy(Strategy):
 
     def close(self) -> None:
         """See Strategy."""
-        if dist.is_initialized():
+        if self.made_group and dist.is_initialized():
             dist.destroy_process_group()
             # Gloo's thread takes the GIL to drop its last tensors; it aborts the process if Python is ending by then.
             time.sleep(GLOO_REST_SECONDS)

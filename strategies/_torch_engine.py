@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from unitrain.digest import box_digest
 from unitrain.errors import CheckpointMismatch, UserError
 from unitrain.recipe import Recipe
 from unitrain.strategies._torch_optimizer import Optimizer, make_optimizer
+from unitrain.strategies._torch_ranks import Ranks
 from unitrain.strategy import (
     Engine,
     HyperParameters,
@@ -33,7 +33,6 @@ from unitrain.strategy import (
     ShardReader,
     StepOut,
 )
-from unitrain.world import World
 
 COMPUTE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP16_FIRST_SCALE, FP16_GROWTH_STEPS = 2.0**16, 2000  # torch.amp.GradScaler's
@@ -137,7 +136,7 @@ class TorchStepOut(StepOut):
     """Device scalars of one update."""
 
     def __init__(
-        self, totals: Tensor, divisor: int, grad_norm: Tensor, skipped: Tensor, metrics: dict[str, Tensor], ranks: int
+        self, totals: Tensor, divisor: int, grad_norm: Tensor, skipped: Tensor, metrics: dict[str, Tensor], ranks: Ranks
     ) -> None:
         self.totals, self.divisor, self.grad_norm, self.skipped = totals, divisor, grad_norm, skipped
         self.metrics, self.ranks = metrics, ranks
@@ -163,8 +162,8 @@ class TorchStepOut(StepOut):
 class TorchEngine(Engine):
     """One torch model and its optimizer; `sharing` says how ranks hold them."""
 
-    def __init__(self, model: nn.Module, role: Role, sharing: Sharing, recipe: Recipe, world: World) -> None:
-        self.model, self.role, self.sharing, self.world = model, role, sharing, world
+    def __init__(self, model: nn.Module, role: Role, sharing: Sharing, recipe: Recipe, ranks: Ranks) -> None:
+        self.model, self.role, self.sharing, self.ranks = model, role, sharing, ranks
         self.losses = sharing.losses
         named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
         self.names = [name for name, _ in named]
@@ -221,7 +220,7 @@ class TorchEngine(Engine):
         self.optimizer.apply([local(param) for param in self.params], grads, hp.lr, skip)
         if self.losses.scale is not None:
             torch._amp_update_scale_(self.losses.scale, self.good_steps, skip, 2.0, 0.5, FP16_GROWTH_STEPS)
-        return TorchStepOut(totals, self.sharing.divisor, norm, skip, self.losses.metrics, self.world.size)
+        return TorchStepOut(totals, self.sharing.divisor, norm, skip, self.losses.metrics, self.ranks)
 
     def evaluate(self, batches: Iterable[Batch], loss: str = "loss") -> Metrics:
         """See Engine."""
@@ -233,7 +232,7 @@ class TorchEngine(Engine):
                     _, pair, metrics = self.losses.measured(loss, micro)
                     for name, value in {"loss": pair, **metrics}.items():
                         sums[name] = sums[name] + value if name in sums else value
-        return _reduced(sums, self.world.size)
+        return _reduced(sums, self.ranks)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """See Engine."""
@@ -289,8 +288,7 @@ class TorchEngine(Engine):
                 sums.append(0 if box is None else box_digest(_to_numpy(box[0]), place.shape, box[1]))
         # int64 addition wraps modulo 2**64, which is the sum that a digest is
         total = torch.from_numpy(np.array(sums, dtype=np.uint64).view(np.int64))
-        if self.world.size > 1:
-            dist.all_reduce(total)
+        self.ranks.sum(total)
         return dict(zip(names, total.numpy().view(np.uint64).tolist(), strict=True))
 
     def _places(self) -> Iterator[Place]:
@@ -318,17 +316,16 @@ class TorchEngine(Engine):
         if place.offset is not None:
             return (data, place.offset) if self.sharing.writes and data.numel() else None
         if not data.ndim or not data.numel():
-            return (data, (0,) * data.ndim) if self.world.first else None
-        rows = rank_rows(data.shape[0], self.world.rank, self.world.size)
+            return (data, (0,) * data.ndim) if self.ranks.first else None
+        rows = rank_rows(data.shape[0], self.ranks.rank, self.ranks.size)
         if not rows:
             return None
         return data[rows.start : rows.stop], (rows.start, *(0 for _ in data.shape[1:]))
 
     def _share_buffers(self) -> None:
         """Rank 0's buffers everywhere: running statistics differ by rank, and one set is evaluated and saved."""
-        if self.world.size > 1:
-            for _, buffer in self.buffers:
-                dist.broadcast(buffer, 0)
+        for _, buffer in self.buffers:
+            self.ranks.broadcast(buffer)
 
     @contextlib.contextmanager
     def _forward_only(self) -> Iterator[None]:
@@ -406,14 +403,13 @@ def _pair(amount: Any, weight: Any, like: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
-def _reduced(sums: Mapping[str, Tensor], ranks: int) -> Metrics:
+def _reduced(sums: Mapping[str, Tensor], ranks: Ranks) -> Metrics:
     """(sum, weight) of each name over all ranks."""
     if not sums:
         return {}
     names = sorted(sums)
     table = torch.stack([sums[name] for name in names]).double()
-    if ranks > 1:
-        dist.all_reduce(table)
+    ranks.sum(table)
     return {name: (amount, weight) for name, (amount, weight) in zip(names, table.tolist(), strict=True)}
 
 

@@ -30,7 +30,7 @@ class DDP(TorchStrategy):
         losses = LossModule(model, role.losses, self.device, precision=self.recipe.train.precision, carry=trained)
         own = {name: value for name, value in self.options.items() if name in _torch_refusals.DDP}
         sharing = Replicated(losses, own, self.world.size) if trained else Sharing(losses)
-        return TorchEngine(model, role, sharing, self.recipe, self.world)
+        return TorchEngine(model, role, sharing, self.recipe, self.ranks)
 
 
 class Replicated(Sharing):

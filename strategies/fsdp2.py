@@ -58,13 +58,14 @@ class FSDP2(TorchStrategy):
         if born_sharded:
             model.to_empty(device="cpu" if self.options.get("cpu_offload") else self.device)
             fill_initial(model, role, seed, sharing.local, sharing.offset)
-        return TorchEngine(model, role, sharing, self.recipe, self.world)
+        return TorchEngine(model, role, sharing, self.recipe, self.ranks)
 
     def _mesh(self) -> DeviceMesh:
         """One dimension of all ranks, or (replicas, shards) with `shard_size`."""
         size, ranks = self.options.get("shard_size"), self.world.size
         if not dist.is_initialized():
             # One rank: a mesh still wants a process group.
+            self.made_group = True
             store = torch._C._distributed_c10d.HashStore()
             dist.init_process_group(self.backend, store=store, rank=0, world_size=1)
         if size is None or size == ranks:

@@ -23,4 +23,4 @@ class Single(TorchStrategy):
         model = build_model(role, seed, self.device)
         apply_model_options(model, self.options)
         losses = LossModule(model, role.losses, self.device, precision=self.recipe.train.precision)
-        return TorchEngine(model, role, Sharing(losses), self.recipe, self.world)
+        return TorchEngine(model, role, Sharing(losses), self.recipe, self.ranks)

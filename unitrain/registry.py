@@ -9,7 +9,8 @@ import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoints, entry_points
 from types import MappingProxyType
 from typing import Any
 
@@ -104,7 +105,7 @@ def entries(group: str) -> dict[str, Entry]:
     """The built-in entries of a group ("strategies" or "launchers") and those of installed third parties."""
     built_in = {"strategies": STRATEGIES, "launchers": LAUNCHERS, "models": MODELS, "sources": SOURCES}[group]
     found = dict(built_in)
-    for point in entry_points(group=f"unitrain.{group}"):
+    for point in _third_parties(group):
         if point.name in found:
             raise UserError(
                 f"the installed package of entry point {point.value!r} takes the name {point.name!r}, which "
@@ -112,6 +113,11 @@ def entries(group: str) -> dict[str, Entry]:
             )
         found[point.name] = Entry(path=point.value, summary=f"from {point.value.partition('.')[0]}", fork=False)
     return found
+
+
+@cache
+def _third_parties(group: str) -> EntryPoints:
+    return entry_points(group=f"unitrain.{group}")
 
 
 def entry(group: str, name: str) -> Entry:

@@ -298,10 +298,13 @@ class Trainer:
 
     def _saved(self, report: SaveReport) -> None:
         """Called when a save has ended, from the thread that wrote it."""
+        facts = {"step": report.step, "bytes": report.bytes, "seconds": round(report.seconds, 4)}
         if report.ok:
-            self._event("checkpoint", step=report.step, bytes=report.bytes, seconds=round(report.seconds, 4))
+            self._event("checkpoint", **facts)
+            if self.world.first:
+                self._say(f"saved step {report.step}", {"event": "checkpoint", **facts})
         else:
-            self._event("checkpoint_failed", step=report.step, error=report.error)
+            self._event("checkpoint_failed", **facts, error=report.error)
             print(f"warning: the checkpoint of step {report.step} was not saved: {report.error}", flush=True)
         self.on("checkpoint", step=report.step, ok=report.ok)
 

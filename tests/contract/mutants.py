@@ -87,7 +87,7 @@ class RateByWorldSize(_Mutant):
 
     class engine(TorchEngine):  # noqa: N801 - it takes the place of an attribute
         def update(self, batch: Batch, hp: HyperParameters, loss: str = "loss") -> TorchStepOut:
-            return super().update(batch, HyperParameters(hp.lr * self.world.size, hp.clip), loss)
+            return super().update(batch, HyperParameters(hp.lr * self.ranks.size, hp.clip), loss)
 
 
 class AppliesTheNonFinite(_Mutant):
@@ -108,4 +108,4 @@ class DigestOfOwnShard(_Mutant):
 
     class engine(TorchEngine):  # noqa: N801 - it takes the place of an attribute
         def digest(self) -> dict[str, int]:
-            return {name: value // self.world.size for name, value in super().digest().items()}
+            return {name: value // self.ranks.size for name, value in super().digest().items()}
