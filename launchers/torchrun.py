@@ -39,7 +39,10 @@ class Torchrun(Launcher):
         wanted, problems = recipe.launcher, []
         if wanted.nodes > 1 and not any(key in wanted.options for key in RENDEZVOUS):
             what = f"launcher 'torchrun' does not know where {wanted.nodes} nodes meet"
-            instead = "set launcher.options.rdzv_endpoint=HOST:PORT of one of them and launch on every node"
+            instead = (
+                "set launcher.options.rdzv_endpoint=HOST:PORT of one of them, and launch on every node, "
+                "in a --run-dir of the same name"
+            )
             problems.append(Problem(what, instead))
         for key, ours in TAKEN.items():
             if key in wanted.options:

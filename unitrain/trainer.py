@@ -246,6 +246,11 @@ class Trainer:
             if split == "train":
                 raise UserError(f"{type(self).__name__}.build_source('train') returned None; return a Source")
             return None, None
+        if not isinstance(source, Source):
+            raise UserError(
+                f"{type(self).__name__}.build_source({split!r}) returned a {type(source).__name__}; return a "
+                "unitrain.Source, for example DatasetSource(dataset) or ArraySource(x=..., y=...)"
+            )
         train = self.recipe.train
         feed = Feed(
             source,

@@ -423,6 +423,42 @@ def test_a_terminal_shows_a_panel_in_place_of_announced_lines(attempt: Any) -> N
     assert "progress of step 3" in run.log(0)
 
 
+def test_a_run_goes_on_when_nobody_reads_its_output(attempt: Any) -> None:
+    run = attempt(
+        """
+        print("up")
+        while not os.path.exists("go"):
+            time.sleep(0.01)
+        print("nobody reads this")
+        time.sleep(0.3)
+        print("nor this")
+        """
+    )
+    agent = run.start()
+    run.started()
+    agent.stdout.close()
+    agent.stderr.close()
+    (run.folder / "go").touch()
+    assert agent.wait(timeout=10) == 0
+    assert "nor this" in run.log(0)
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_run_ends_with_whoever_started_it_unless_detached(attempt: Any, detached: bool) -> None:
+    run = attempt("print('up')\nwhile not os.path.exists('go'): time.sleep(0.01)")
+    flags = ["--detached"] if detached else []
+    source = f"import subprocess, sys; subprocess.run([sys.executable, '-m', 'unitrain.agent', 'run', *{flags}])"
+    starter = subprocess.Popen([sys.executable, "-c", source], cwd=run.folder)
+    ranks = run.started()
+    starter.kill()
+    starter.wait()
+    if detached:
+        (run.folder / "go").touch()
+    wait_until(lambda: run.record("exit.json"), seconds=10)
+    assert run.record("exit.json")["exit_code"] == (0 if detached else 143)
+    wait_until(lambda: not any(rank.alive for rank in ranks))
+
+
 def test_every_attempt_has_logs_of_its_own(attempt: Any) -> None:
     run = attempt("print('attempt', os.environ['UNITRAIN_ATTEMPT'])")
     run.run()

@@ -7,6 +7,7 @@ whatever was not made durable, and by storage that fails or fills up.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 import shutil
@@ -221,7 +222,7 @@ class Durable:
         elif kind == "fsync" and facts[0] == "file":
             self.safe[self.now[facts[1]]] = self.data[self.now[facts[1]]]
         elif kind == "fsync":
-            self.names[facts[1]] = self._kept(facts[1], None)
+            self.names[facts[1]] = self._kept(facts[1], frozenset())
             self.loose[facts[1]] = []
         elif kind == "rename":
             self.now[facts[1]] = self.now.pop(facts[0])
@@ -232,11 +233,17 @@ class Durable:
         elif kind == "rmdir":
             self.loose[folder].append(("drop", name))
 
-    def _kept(self, folder: str, chance: random.Random | None) -> dict[str, int | None]:
-        """Names in a folder when chance says which changes are lost; without it, none are."""
+    def losses(self) -> Iterator[frozenset[tuple[str, int]]]:
+        """Every combination of changes of names that a loss of power may undo."""
+        changes = [(folder, place) for folder, loose in self.loose.items() for place in range(len(loose))]
+        for count in range(len(changes) + 1):
+            yield from map(frozenset, itertools.combinations(changes, count))
+
+    def _kept(self, folder: str, lost: frozenset[tuple[str, int]]) -> dict[str, int | None]:
+        """Names in a folder without the changes that are lost."""
         names = dict(self.names[folder])
-        for kind, name, *rest in self.loose[folder]:
-            if chance and chance.random() < 0.5:
+        for place, (kind, name, *rest) in enumerate(self.loose[folder]):
+            if (folder, place) in lost:
                 continue
             if kind == "set":
                 names[name] = rest[0]
@@ -246,13 +253,15 @@ class Durable:
                     names[rest[0]] = rest[1]
         return names
 
-    def write_out(self, to: Path, chance: random.Random, folder: str | None = None) -> None:
-        """One of the states that a loss of power may leave now."""
+    def write_out(
+        self, to: Path, lost: frozenset[tuple[str, int]], chance: random.Random, folder: str | None = None
+    ) -> None:
+        """The state that remains without some changes of names, and with whatever chance leaves of unsafe bytes."""
         folder = folder or self.root
         to.mkdir(parents=True)
-        for name, number in self._kept(folder, chance).items():
+        for name, number in self._kept(folder, lost).items():
             if number is None:
-                self.write_out(to / name, chance, f"{folder}/{name}")
+                self.write_out(to / name, lost, chance, f"{folder}/{name}")
             else:
                 (to / name).write_bytes(self._survived(number, chance))
 
@@ -278,9 +287,9 @@ def test_a_loss_of_power_at_any_operation_leaves_the_previous_or_the_new_checkpo
     chance, found = random.Random(0), set()
     for number, operation in enumerate(disk.log, 1):
         durable.apply(operation)
-        for sample in range(200 if full_drills else 12):
+        for sample, lost in enumerate([*durable.losses()] * (20 if full_drills else 1)):
             state = tmp_path / f"{number}-{sample}"
-            durable.write_out(state, chance)
+            durable.write_out(state, lost, chance)
             step = loaded_step(state)
             assert step == 2 or number < acknowledged, "what was published must survive"
             found.add(step)
@@ -297,9 +306,9 @@ def test_the_model_of_power_loss_catches_a_save_that_does_not_sync(tmp_path: Pat
         if operation[:2] != ("fsync", kind):
             durable.apply(operation)
     chance, lost = random.Random(0), 0
-    for sample in range(20):
+    for sample, undone in enumerate(itertools.islice(durable.losses(), 20)):
         state = tmp_path / str(sample)
-        durable.write_out(state, chance)
+        durable.write_out(state, undone, chance)
         reader, passed_over = open_newest(str(state))
         lost += reader is None or bool(passed_over)
     assert lost > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ class Mine(unitrain.Trainer):
         return unitrain.ArraySource(x=x, y=x.sum(axis=1, keepdims=True))
 
     def loss(self, model, batch):
+        batch["x"].repeat(1000, 200).exp().sum()  # enough for several threads, where there are any
         return torch.nn.functional.mse_loss(model(batch["x"]), batch["y"])
 
     def on(self, event, **facts):
@@ -51,9 +53,16 @@ def trainer(fail: str = "pass") -> str:
     return TRAINER.replace("FAIL", fail)
 
 
-def python(*arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, input=text, capture_output=True, text=True, check=False, timeout=120)
+def python(*arguments: str, text: str | None = None, threads: int = 1) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        input=text,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+    )
 
 
 def assert_two_ranks_trained(done: subprocess.CompletedProcess[str], run: Path) -> None:
@@ -73,7 +82,7 @@ def test_a_script_launches_its_own_class(folder: Path) -> None:
 
 def test_a_notebook_launches_the_class_of_a_cell_though_it_has_computed_before(folder: Path) -> None:
     warm_up = "a = torch.rand(512, 512)\n(a @ a).exp().sum()\n"  # starts the threads that a fork does not have
-    done = python("-", text=trainer() + warm_up + CALL)
+    done = python("-", text=trainer() + warm_up + CALL, threads=2)
     assert_two_ranks_trained(done, folder / "run")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from .local_job import job_state
 from .logs import attempt_folders, rank_log
 from .records import append_event, read_record, write_exit, write_record
 from .report import Failure, failure_block, failure_exit_code, first_failure
+from .screen import say
 
 FOLDER = "failures"
 
@@ -55,7 +55,8 @@ def conclude(run_dir: Path, code: int, caught: int | None) -> int:
         ours = failure_exit_code(failure)
         facts = {"rank": failure.rank, "error": failure.error}
         append_event(run_dir, "fault", **facts)
-        print(failure_block(failure, run_dir, log_shown=failure.rank == 0), file=sys.stderr, flush=True)
     append_event(run_dir, "stop", exit_code=ours)
     write_exit(run_dir, ours, **facts)
+    if facts:
+        say(failure_block(failure, run_dir, log_shown=failure.rank == 0))
     return ours

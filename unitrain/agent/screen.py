@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from ..track.panel import Panel  # not at run time: rich takes its time to import
@@ -22,14 +23,13 @@ class Stream:
     def text(self, text: str) -> None:
         """What rank 0 has written, in whatever pieces."""
         if text:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            _write(sys.stdout, text)
             self._line_open = not text.endswith("\n")
 
     def close(self) -> None:
         """End the last line."""
         if self._line_open:
-            print(flush=True)
+            _write(sys.stdout, "\n")
 
 
 class LivePanel:
@@ -75,3 +75,18 @@ class LivePanel:
 def screen_for(title: str) -> Stream | LivePanel:
     """A panel on a terminal, the plain text elsewhere."""
     return LivePanel(title) if sys.stdout.isatty() else Stream()
+
+
+def say(text: str) -> None:
+    """What the agent says itself, after all that was shown."""
+    _write(sys.stderr, f"{text}\n")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:  # nobody listens any more, as after `| head`; the run goes on
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

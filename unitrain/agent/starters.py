@@ -173,9 +173,10 @@ class Warm(Starter):
 
     def close(self) -> None:
         """End the warm process: it leaves when nobody can command it any more."""
+        if self.wake_fd is None:
+            return  # it was never started
         os.close(self._commands)
         self._process.wait()
-        assert self.wake_fd is not None, "started before"
         os.close(self.wake_fd)
         self.wake_fd = None
 

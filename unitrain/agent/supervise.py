@@ -9,7 +9,6 @@ import os
 import selectors
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from .logs import GrowingFile, attempt_number, new_attempt, rank_log
 from .rank import RankStart
 from .records import EXIT, append_event, hostname, write_agent, write_exit
 from .report import Failure, failure_block, failure_exit_code, first_failure, next_command
-from .screen import LivePanel, Stream
+from .screen import LivePanel, Stream, say
 from .signals import STOPPING, SignalPipe, signal_group
 from .starters import CannotFork, Ended, Started, Starter
 
@@ -56,7 +55,11 @@ class Rank:
         except BlockingIOError:
             pass
         *lines, self.unread = self.unread.split(b"\n")
-        return [json.loads(line) for line in lines]
+        told = []
+        for line in lines:
+            with contextlib.suppress(ValueError):  # two threads of a rank wrote long lines at once
+                told.append(json.loads(line))
+        return told
 
 
 class Agent:
@@ -95,6 +98,7 @@ class Agent:
         ):
             self._selector.register(self._signals.fd, selectors.EVENT_READ)
             self._starters = iter(choose(self._attempt))
+            self._starter = next(self._starters)
             try:
                 self._start(port)
                 while any(rank.alive for rank in self._ranks.values()):
@@ -136,7 +140,6 @@ class Agent:
         return {name: str(value) for name, value in values.items()}
 
     def _begin(self) -> None:
-        self._starter = next(self._starters)
         self._starter.start([rank.start for rank in self._ranks.values()])
         self._wake_fd = self._starter.wake_fd
         if self._wake_fd is not None:
@@ -164,10 +167,11 @@ class Agent:
             return self._starter.news()
         except CannotFork as refusal:
             append_event(self.run_dir, "fork_refused", error=str(refusal))
-            print(f"note: the ranks start as new processes, which takes longer: {refusal}", file=sys.stderr, flush=True)
+            say(f"note: the ranks start as new processes, which takes longer: {refusal}")
             if self._wake_fd is not None:
                 self._selector.unregister(self._wake_fd)
             self._starter.close()
+            self._starter = next(self._starters)
             self._begin()
             return []
 
@@ -242,20 +246,24 @@ class Agent:
         self._starter.close()
 
     def _finish(self) -> int:
-        self.screen.close()
+        """Keep how it ended, and say it."""
         code = self._exit_code()
-        if self._signal is not None and not self._failures:
-            self._say(f"stopped by {signal.Signals(self._signal).name}; {next_command(self.run_dir)}")
-        elif code == ExitCode.PREEMPTED:
-            self._say(f"preempted after a save; {next_command(self.run_dir)}")
         facts: dict[str, Any] = {}
+        words = ""
         if self._failures:
             self.failure = failure = first_failure(self._failures)
-            append_event(self.run_dir, "fault", rank=failure.rank, error=failure.error)
             facts = {"rank": failure.rank, "error": failure.error}
-            self._say(failure_block(failure, self.run_dir, log_shown=failure.rank == 0))
+            words = failure_block(failure, self.run_dir, log_shown=failure.rank == 0)
+            append_event(self.run_dir, "fault", **facts)
+        elif self._signal is not None:
+            words = f"stopped by {signal.Signals(self._signal).name}; {next_command(self.run_dir)}"
+        elif code == ExitCode.PREEMPTED:
+            words = f"preempted after a save; {next_command(self.run_dir)}"
         append_event(self.run_dir, "stop", exit_code=code)
         write_exit(self.run_dir, code, attempt=attempt_number(self._attempt), **facts)
+        self.screen.close()
+        if words:
+            say(words)
         return code
 
     def _exit_code(self) -> int:
@@ -265,10 +273,6 @@ class Agent:
             return 128 + self._signal  # as a shell counts
         preempted = any(rank.code == ExitCode.PREEMPTED for rank in self._ranks.values())
         return ExitCode.PREEMPTED if preempted else ExitCode.DONE
-
-    def _say(self, text: str) -> None:
-        sys.stdout.flush()
-        print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

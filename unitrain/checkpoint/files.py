@@ -164,6 +164,8 @@ class LocalFolder(Folder):
         draft = f"{name}.tmp"
         try:
             self._store(draft, [data])
+            # The names of the files that this one speaks of: a loss of power may keep a later name and drop theirs.
+            _sync_folder(self._path)
             os.rename(self._path / draft, self._path / name)
         except OSError:
             with contextlib.suppress(OSError):  # the first error is the one to tell

@@ -45,6 +45,7 @@ class Feed:
         if not self._num_samples:
             raise DataError(f"{source!r} has no samples; give data with at least one")
         self._source, self._place = source, place
+        self._tokens_per_sample = source.tokens_per_sample  # here, where a mistake in a source is told at once
         self._seed, self._global_batch, self._micro_batch = seed, global_batch, micro_batch
         self._rank, self._size = rank, size
         self._ahead = ahead
@@ -116,7 +117,7 @@ class Feed:
                 continue
             ids = reader.ids(step)
             self._loading = loaded = _Loaded()
-            reader.ready.put(Batch(step, ids, loaded.take, tokens=len(ids) * self._source.tokens_per_sample))
+            reader.ready.put(Batch(step, ids, loaded.take, tokens=len(ids) * self._tokens_per_sample))
             try:
                 loaded.fill(self._micro_batches(ids, (*reader.key, step)))
             except BaseException as error:  # whatever it is, the thread that waits must hear of it
