@@ -308,6 +308,8 @@ class Trainer:
             self._event("checkpoint", **facts)
             if self.world.first:
                 self._say(f"saved step {report.step}", {"event": "checkpoint", **facts})
+            if report.error:
+                print(f"warning: step {report.step} was saved, but {report.error}", flush=True)
         else:
             self._event("checkpoint_failed", **facts, error=report.error)
             print(f"warning: the checkpoint of step {report.step} was not saved: {report.error}", flush=True)

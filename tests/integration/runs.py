@@ -1,0 +1,148 @@
+"""How integration tests start runs, as users do, and read what these leave in their folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unitrain.recipe_file import recipe_from_text
+from unitrain.run import Run
+from unitrain.trainer import Result, Trainer
+
+COMMAND = Path(sys.executable).with_name("unitrain")
+TRAINERS = Path(__file__).with_name("trainers.py")
+TIMEOUT_SECONDS = 240
+
+ROWS = f"""\
+name: rows
+trainer: {TRAINERS}:Rows
+optimizer: {{lr: 1e-2, weight_decay: 0.1, clip: 1.0}}
+schedule: {{name: cosine, warmup_steps: 3}}
+train: {{steps: 20, global_batch: 10, micro_batch: 2, log_every: 1, eval_every: 10}}
+checkpoint: {{every: 10}}
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last_line(self) -> str:
+        """The last words on the terminal, of errors where there are any."""
+        return (self.err.strip() or self.out.strip()).splitlines()[-1]
+
+    def succeeded(self) -> Ended:
+        """The same, or an assertion with all that was said."""
+        assert self.code == 0, f"exit code {self.code}\n{self.out}{self.err}"
+        return self
+
+
+def unitrain(*arguments: str | Path, cwd: Path, **environ: str) -> Ended:
+    """Run the command and wait for its end."""
+    return run([COMMAND, *arguments], cwd=cwd, **environ)
+
+
+def run(command: Sequence[str | Path], *, cwd: Path, **environ: str) -> Ended:
+    """Run any command with one thread a rank, and wait for its end."""
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environ,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def launch(recipe: str, folder: Path, shape: str, *overrides: str) -> Ended:
+    """Launch a recipe's text on a shape such as `ddp-2` (two ranks of ddp), with `folder` as the run's own."""
+    path = folder.with_name(f"{folder.name}.yaml")
+    path.write_text(recipe)
+    return unitrain("launch", path, *_flags(shape), "--run-dir", folder, *overrides, cwd=folder.parent)
+
+
+def resume(folder: Path, shape: str, *overrides: str) -> Ended:
+    """Resume a run on a shape such as `fsdp2-3`."""
+    return unitrain("resume", folder, *_flags(shape), *overrides, cwd=folder.parent)
+
+
+def fit(trainer: type[Trainer], recipe: str, folder: Path, *overrides: str, strategy: str = "single") -> Result:
+    """Train in this very process; goes on where the folder holds a checkpoint."""
+    loaded = recipe_from_text(recipe, overrides=[f"strategy={{name: {strategy}}}", *overrides])
+    return trainer(loaded, run_dir=folder).fit()
+
+
+def copied(folder: Path, to: Path, *, up_to: int) -> Path:
+    """A copy of a run as it was when the checkpoint of step `up_to` was its newest."""
+    shutil.copytree(folder, to)
+    for found in (to / "checkpoints").iterdir():
+        if int(found.name[1:9]) > up_to:
+            shutil.rmtree(found)
+    return to
+
+
+def metrics(folder: Path, split: str = "train") -> list[dict[str, Any]]:
+    """The records of a split."""
+    return [record for record in Run(folder).metrics() if record["split"] == split]
+
+
+def losses(folder: Path) -> list[float]:
+    """The training loss of every step, each of which must be there once."""
+    records = metrics(folder)
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    return [record["loss"] for record in records]
+
+
+def events(folder: Path, *names: str) -> list[dict[str, Any]]:
+    """The events of those names, all without."""
+    return [event for event in Run(folder).events() if not names or event["event"] in names]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders of published checkpoints, by step."""
+    return sorted(path.parent for path in folder.glob("*/MANIFEST.json"))
+
+
+def samples(folder: Path) -> dict[int, list[list[int]]]:
+    """Step -> the samples of every attempt at it, over all ranks, in order (see trainers.Witness)."""
+    found: dict[int, list[list[int]]] = {}
+    for path in sorted(folder.glob("samples-*.jsonl")):
+        seen: dict[int, int] = {}
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            attempt = seen[record["step"]] = seen.get(record["step"], -1) + 1
+            attempts = found.setdefault(record["step"], [])
+            attempts += [[] for _ in range(attempt + 1 - len(attempts))]
+            attempts[attempt] += record["ids"]
+    return found
+
+
+def damage(file: Path) -> None:
+    """Flip one bit in the middle of a file."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The largest relative difference of two curves of the same length."""
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _flags(shape: str) -> list[str]:
+    strategy, _, ranks = shape.rpartition("-")
+    return ["--strategy", strategy, "--nproc", ranks]
