@@ -102,6 +102,13 @@ def curve(recipe: str, folder: Path, shape: str, *overrides: str) -> list[float]
     return losses(folder)
 
 
+def fit_together(shape: str, folders: Sequence[Path]) -> None:
+    """Train the runs in these folders, one after the other, by one group of processes under torchrun."""
+    strategy, _, ranks = shape.rpartition("-")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    run([*torchrun, TRAINERS, strategy, *folders], cwd=folders[0].parent).succeeded()
+
+
 def copied(folder: Path, to: Path, *, up_to: int) -> Path:
     """A copy of a run as it was when the checkpoint of step `up_to` was its newest."""
     shutil.copytree(folder, to)
@@ -128,9 +135,9 @@ def events(folder: Path, *names: str) -> list[dict[str, Any]]:
     return [event for event in Run(folder).events() if not names or event["event"] in names]
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The folders of published checkpoints, by step."""
-    return sorted(path.parent for path in folder.glob("checkpoints/*/MANIFEST.json"))
+def checkpoints(folder: Path, root: Path | None = None) -> list[Path]:
+    """The folders of a run's published checkpoints, by step; `root` where they lie elsewhere."""
+    return sorted(path.parent for path in (root or folder / "checkpoints").glob("*/MANIFEST.json"))
 
 
 def samples(folder: Path) -> list[list[int]]:
