@@ -273,6 +273,15 @@ def test_a_run_that_failed_before_its_first_checkpoint_has_each_step_once(tmp_pa
     assert [record["step"] for record in metrics(tmp_path / "run", "eval")] == [10, 20]
 
 
+def test_dropout_resumes_exactly(tmp_path: Path) -> None:
+    recipe = BATCH_NORM.replace("convnet, channels: 8, depth: 1, norm: batch", "mlp, dropout: 0.4")
+    overrides = ["train.steps=6", "checkpoint.every=3"]
+    whole = curve(recipe, tmp_path / "whole", "single-1", *overrides)
+    fit(recipe, copied(tmp_path / "whole", tmp_path / "again", up_to=3), *overrides)
+    assert losses(tmp_path / "again") == whole
+    assert losses(tmp_path / "again") != curve(recipe, tmp_path / "dry", "single-1", *overrides, "model.dropout=0")
+
+
 def test_running_statistics_resume_exactly(tmp_path: Path) -> None:
     overrides = ["train.steps=6", "checkpoint.every=3", "train.micro_batch=null"]
     curve(BATCH_NORM, tmp_path / "whole", "ddp-2", *overrides)

@@ -36,7 +36,7 @@ from .runs import (
     run,
     trainer,
 )
-from .trainers import NUM_ROWS, Rows
+from .trainers import NUM_ROWS, Counting, Rows
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TIGHT = 1e-5
@@ -227,6 +227,18 @@ def test_evaluation_counts_every_sample_once(tmp_path: Path, shape: str) -> None
     assert counted["number"] == [sum(range(37)), 37]
     assert counted["loss"][1] == whole["weight"].sum()
     assert [record["number"] for record in metrics(tmp_path / "run", "eval")] == [18, 18]
+
+
+def test_evaluation_counts_beyond_what_fp32_can(tmp_path: Path) -> None:
+    class Heavy(Counting):
+        def loss(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> unitrain.Loss:
+            weight = torch.where(batch["number"] == 0, 2.0**24, 1.0)
+            errors = (model(batch["x"]) - batch["y"]).square().sum(dim=1)
+            return unitrain.Loss((errors * weight).sum(), weight.sum())
+
+    heavy = built(Heavy, tmp_path / "run", *FEW, "train.micro_batch=1")
+    heavy.fit()
+    assert heavy.extra["loss"][1] == 2**24 + 36
 
 
 def test_models_of_one_run_may_be_on_different_strategies(tmp_path: Path) -> None:
