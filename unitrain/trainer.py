@@ -244,6 +244,7 @@ class Trainer:
             agreed = self._control.share("")
         self._nonce, _, folder = agreed.partition(" ")
         self.run = Run(Path(folder))
+        self._run_dir = self.run.folder  # a second `steps` of this trainer goes on with the same run
 
     def _feed(self, split: str, stack: contextlib.ExitStack) -> tuple[Source | None, Feed | None]:
         source = self.build_source(split)
@@ -324,6 +325,7 @@ class Trainer:
         """Continue from the newest sound checkpoint, which rank 0 finds and checks for all."""
         assert self.run is not None, "opened before"
         root = self.run.checkpoints(self.recipe)
+        self.cursor = Cursor()
         folder = ""
         if self.world.first:
             newest = open_newest(root, verify="full")
