@@ -1,0 +1,1 @@
+"""A run's weights in the formats of others."""
