@@ -58,7 +58,8 @@ class MissingExtra(UserError):
     """A backend whose package is not installed."""
 
     def __init__(self, what: str, package: str, extra: str, *, install: str = "") -> None:
-        super().__init__(f"{what} needs {package}: {install or f"pip install 'unitrain[{extra}]'"}")
+        command = install or f"pip install 'unitrain[{extra}]'"
+        super().__init__(f"{what} needs {package}: {command}")
 
 
 class Refused(UserError):
