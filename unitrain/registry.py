@@ -79,7 +79,7 @@ STRATEGIES: Mapping[str, Entry] = MappingProxyType({
             package="DeepSpeed",
             extra="deepspeed",
             problems=f"unitrain.strategies._torch_refusals:{name}",
-            preload=(*_TORCH, "deepspeed"),
+            preload=(*_TORCH, "unitrain.strategies.deepspeed"),
         )
         for name, kind, summary in (
             ("zero1", "Zero1", "ZeRO-1: optimizer state sharded"),
@@ -123,6 +123,13 @@ MODELS: Mapping[str, Entry] = MappingProxyType({
     "gpt": Entry(path="unitrain.models.config:GPT", summary="decoder-only transformer: RMSNorm, RoPE, SwiGLU"),
     "mlp": Entry(path="unitrain.models.config:MLP", summary="fully connected layers"),
     "convnet": Entry(path="unitrain.models.config:ConvNet", summary="small residual convolutional network"),
+    "hf": Entry(
+        path="unitrain.models.hf_config:HF",
+        summary="a model of transformers, from a local folder or its configuration; with adapters (LoRA) if you like",
+        requires="transformers",
+        package="transformers",
+        extra="hf",
+    ),
 })  # fmt: skip
 
 SOURCES: Mapping[str, Entry] = MappingProxyType({
@@ -137,6 +144,13 @@ SOURCES: Mapping[str, Entry] = MappingProxyType({
         requires="sklearn",
         package="scikit-learn",
         extra="digits",
+    ),
+    "datasets": Entry(
+        path="unitrain.data.hf:DatasetsData",
+        summary="Hugging Face data sets on this machine: save_to_disk, parquet, JSON lines",
+        requires="datasets",
+        package="datasets",
+        extra="hf",
     ),
 })  # fmt: skip
 
