@@ -54,8 +54,9 @@ types: install  ## mypy, strict
 docs: install  ## write the generated pages of docs/
 	$(BIN)/python docs/generate.py
 
-bench: install  ## measure speed on this machine
-	$(BIN)/python -m pytest benchmarks
+bench: install  ## measure speed on this machine, side by side with others
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/launch.py
 
 clean:  ## remove .venv, caches and build output; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

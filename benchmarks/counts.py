@@ -28,14 +28,6 @@ class Counts:
     collectives: dict[str, float]
     host_syncs: float
 
-    @property
-    def num_collectives(self) -> float:
-        """All kinds together."""
-        return sum(self.collectives.values())
-
-
-STEPS_TAKEN = REPEATS * (SHORT + LONG) + TRACED_STEPS  # by `count_step`
-
 
 def count_step(advance: Callable[[int], None]) -> Counts:
     """Counts of a loop of which `advance(n)` runs n more steps."""

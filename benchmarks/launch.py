@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from report import Machine, facts_in_words, ratio, table, write
 
@@ -52,6 +51,9 @@ print(len(sys.modules), *(name for name in sys.modules if "." not in name), file
 """
 
 
+Run = Mapping[str, float]  # seconds to the first step and to the end, CPU seconds of all processes, the loss
+
+
 def main() -> int:
     """Measure, print; 1 where a goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -68,7 +70,8 @@ def main() -> int:
     missed = _missed(first_steps, heavy)
     text = (
         f"{facts_in_words(facts)}- rounds: {known.rounds}\n\n"
-        f"Command to the end of the first step, {RANKS} ranks, gloo, DDP (medians, seconds):\n\n{_first_table(first_steps)}\n"
+        f"Command to the end of the first step, {RANKS} ranks, gloo, DDP (medians, seconds):\n\n"
+        f"{_first_table(first_steps)}\n"
         f"`--help` (medians, seconds):\n\n{_help_table(helps)}\n"
         f"`unitrain --help` imports {modules} modules; of {', '.join(HEAVY)}: {', '.join(heavy) or 'none'}.\n\n"
         f"{_verdict(first_steps, helps, missed)}"
@@ -82,8 +85,8 @@ def main() -> int:
     return 1 if missed else 0
 
 
-def _first_steps(rounds: int) -> dict[str, list[dict[str, float]]]:
-    """Name -> of each round: seconds to the first step and to the end, CPU seconds of all processes, the loss."""
+def _first_steps(rounds: int) -> dict[str, list[Run]]:
+    """Name -> what each round took."""
     with tempfile.TemporaryDirectory() as scratch:
         recipe = Path(scratch, "recipe.yaml")
         recipe.write_text(RECIPE)
@@ -95,7 +98,7 @@ def _first_steps(rounds: int) -> dict[str, list[dict[str, float]]]:
             "torchrun by_hand.py": lambda folder: [[*_torchrun(), str(HERE / "by_hand.py"), str(folder)]],
             "by_hand.py, no launcher": lambda folder: _ranks([sys.executable, str(HERE / "by_hand.py"), str(folder)]),
         }
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in starts}
+        found: dict[str, list[Run]] = {name: [] for name in starts}
         for number in range(-1, rounds):  # the first round fills the caches and is not counted
             for name in starts if number % 2 else reversed(starts):
                 folder = Path(scratch, f"{number}-{name.replace(' ', '-')}")
@@ -106,19 +109,13 @@ def _first_steps(rounds: int) -> dict[str, list[dict[str, float]]]:
     return found
 
 
-def _timed(commands: Sequence[Sequence[str]], folder: Path) -> dict[str, float]:
+def _timed(commands: Sequence[Sequence[str]], folder: Path) -> Run:
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     before, began = _cpu_seconds(), time.time()
-    running = []
-    for command in commands:
-        # A leading NAME=value sets a variable, as in a shell.
-        setting = dict(word.split("=", 1) for word in command if "=" in word and word[:1].isupper())
-        argv = command[len(setting) :]
-        running.append(
-            subprocess.Popen(
-                argv, env={**environ, **setting}, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
+    pipe, both = subprocess.PIPE, subprocess.STDOUT
+    running = [
+        subprocess.Popen(command, env=environ, cwd=folder, stdout=pipe, stderr=both, text=True) for command in commands
+    ]
     for process in running:
         output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
         if process.returncode:
@@ -145,7 +142,7 @@ def _torchrun() -> list[str]:
 
 def _ranks(argv: list[str]) -> list[list[str]]:
     place = [f"WORLD_SIZE={RANKS}", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={_free_port()}"]
-    return [[f"RANK={rank}", *place, *argv] for rank in range(RANKS)]
+    return [["env", f"RANK={rank}", *place, *argv] for rank in range(RANKS)]
 
 
 def _free_port() -> int:
@@ -186,7 +183,7 @@ def _imported() -> tuple[int, list[str]]:
     return int(count), [name for name in HEAVY if name in names]
 
 
-def _missed(first_steps: Mapping[str, Sequence[Mapping[str, float]]], heavy: Sequence[str]) -> list[str]:
+def _missed(first_steps: Mapping[str, Sequence[Run]], heavy: Sequence[str]) -> list[str]:
     found = [f"unitrain --help imports {name}" for name in heavy]
     losses = {run["loss"] for name in (OURS, WORKER_BY_TORCHRUN) for run in first_steps[name]}
     if len(losses) > 1:
@@ -194,11 +191,11 @@ def _missed(first_steps: Mapping[str, Sequence[Mapping[str, float]]], heavy: Seq
     return found
 
 
-def _column(runs: Sequence[Mapping[str, float]], name: str) -> list[float]:
+def _column(runs: Sequence[Run], name: str) -> list[float]:
     return [run[name] for run in runs]
 
 
-def _first_table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+def _first_table(found: Mapping[str, Sequence[Run]]) -> str:
     reference = _column(found[WORKER_BY_TORCHRUN], "first_step_seconds")
     cpu = _column(found[WORKER_BY_TORCHRUN], "cpu_seconds")
     rows = []
@@ -227,7 +224,7 @@ def _help_table(found: Mapping[str, Sequence[float]]) -> str:
 
 
 def _verdict(
-    first_steps: Mapping[str, Sequence[Mapping[str, float]]], helps: Mapping[str, Sequence[float]], missed: Sequence[str]
+    first_steps: Mapping[str, Sequence[Run]], helps: Mapping[str, Sequence[float]], missed: Sequence[str]
 ) -> str:
     seconds = {name: _column(runs, "first_step_seconds") for name, runs in first_steps.items()}
     first = ratio(seconds[OURS], seconds[WORKER_BY_TORCHRUN])[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import itertools
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from unitrain.errors import Refused
 from unitrain.strategies._torch_ranks import Ranks
@@ -52,11 +55,7 @@ class TorchStrategy(Strategy):
         self.made_group = world.size > 1 and not dist.is_initialized()
         if self.made_group:
             dist.init_process_group(
-                self.backend,
-                init_method=f"tcp://{world.coordinator}",
-                rank=world.rank,
-                world_size=world.size,
-                timeout=JOIN_TIMEOUT,
+                self.backend, store=_meeting(world), rank=world.rank, world_size=world.size, timeout=JOIN_TIMEOUT
             )
         return Ranks(world.rank, world.size)
 
@@ -110,6 +109,21 @@ def _refuse_more_ranks_than_devices(local_rank: int, num_devices: int) -> None:
             f"rank {local_rank} of this node has no GPU: {num_devices} are visible; use --nproc {num_devices}, or hide "
             "them all (CUDA_VISIBLE_DEVICES=) to train on CPU"
         )
+
+
+_MEETINGS = itertools.count()  # of this process; the ranks of a run count alike
+
+
+def _meeting(world: World) -> Any:
+    """Where the ranks meet this time. A second run of one process must not find what the first one left there."""
+    store = _store(world.coordinator, world.rank, world.size)
+    return torch._C._distributed_c10d.PrefixStore(f"meeting-{next(_MEETINGS)}", store)
+
+
+@functools.cache
+def _store(coordinator: str, rank: int, size: int) -> Any:
+    """One a process: a rank that is ahead could still reach the store that rank 0 is about to end."""
+    return next(rendezvous(f"tcp://{coordinator}", rank, size, timeout=JOIN_TIMEOUT))[0]
 
 
 def _device(world: World) -> torch.device:

@@ -112,6 +112,7 @@ class DeepSpeedStrategy(TorchStrategy):
         compute = COMPUTE[self.recipe.train.precision]
         born_sharded = self.stage == 3 and role.initial is not None
         model = empty_model(role) if born_sharded else build_model(role, seed, self.device)
+        self._refuse_scalars(model)
         trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
         config = self._sized(model)
         masters: dict[str, Tensor] = {}
@@ -138,6 +139,14 @@ class DeepSpeedStrategy(TorchStrategy):
         bound.neighbours = list(self.engines)
         self.engines.append(bound)
         return bound
+
+    def _refuse_scalars(self, model: nn.Module) -> None:
+        """Raise Refused for a parameter that DeepSpeed cannot send as bytes."""
+        for name, param in model.named_parameters():
+            if param.ndim == 0:
+                raise Refused(
+                    f"{self.name} cannot share the scalar parameter {name!r}; give it the shape (1,), or use --strategy ddp"
+                )
 
     def _sized(self, model: nn.Module) -> dict[str, Any]:
         """The configuration for this model: DeepSpeed's buffers have one size, however small the model is."""

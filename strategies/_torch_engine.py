@@ -6,6 +6,7 @@ A strategy builds a model and says how its ranks share it (`Sharing`); everythin
 from __future__ import annotations
 
 import contextlib
+import numbers
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -100,6 +101,7 @@ class LossModule(nn.Module):
         super().__init__()
         self.model = model
         self.functions, self.compute, self.device_type = losses, COMPUTE[precision], device.type
+        self.known: set[str] = set()  # losses that have returned what they should
         self.totals: Tensor | None = None
         self.metrics: dict[str, Tensor] = {}
         self.scale: Tensor | None = None  # fp16 only
@@ -115,6 +117,9 @@ class LossModule(nn.Module):
         with _autocast(self.device_type, self.compute):
             found = self.functions[name](self.model, micro.arrays)
         loss = as_loss(found, micro.rows, name)
+        if name not in self.known:
+            check_parts(loss, name)
+            self.known.add(name)
         total = loss.sum.float()
         pair = _pair(total, loss.weight, total)
         metrics = {key: _pair(amount, weight, total) for key, (amount, weight) in loss.metrics.items()}
@@ -126,6 +131,11 @@ class LossModule(nn.Module):
     def forward(self, name: str, micro: MicroBatch) -> Tensor:
         """What backward starts from; the sums are kept aside."""
         total, pair, metrics = self.measured(name, micro)
+        if self.carry is None and not total.requires_grad:
+            raise UserError(
+                f"the loss function {name!r} returned a loss that no trainable parameter leads to; compute it from the "
+                "model's output, without torch.no_grad() or detach()"
+            )
         self.totals = pair if self.totals is None else self.totals + pair
         for key, value in metrics.items():
             self.metrics[key] = self.metrics[key] + value if key in self.metrics else value
@@ -384,6 +394,26 @@ def as_loss(found: Any, rows: int, name: str) -> Loss:
             "over its rows) or unitrain.Loss(sum, weight) with a scalar sum"
         )
     return loss
+
+
+def check_parts(loss: Loss, name: str) -> None:
+    """Raise UserError for a weight or metrics that cannot be summed, or metrics with names that are taken."""
+    amounts: dict[str, Any] = {"weight": loss.weight}
+    for key, pair in loss.metrics.items():
+        if key in ("loss", "weight", "grad_norm", "applied"):
+            raise UserError(
+                f"the loss function {name!r} returned a metric named {key!r}, which every step has already; rename it"
+            )
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise UserError(
+                f"the loss function {name!r} returned the metric {key!r} as a {type(pair).__name__}; return the pair "
+                "(sum, weight)"
+            )
+        amounts[f"sum of the metric {key!r}"], amounts[f"weight of the metric {key!r}"] = pair
+    for what, amount in amounts.items():
+        if (isinstance(amount, Tensor) and amount.ndim) or not isinstance(amount, Tensor | numbers.Real):
+            shape = f" of shape {tuple(amount.shape)}" if isinstance(amount, Tensor) else f", a {type(amount).__name__}"
+            raise UserError(f"the loss function {name!r} returned a {what}{shape}; return a scalar")
 
 
 def norm_of(grads: list[Tensor]) -> Tensor:

@@ -56,5 +56,6 @@ class Replicated(Sharing):
         """See Sharing."""
         carry = self.losses.carry
         assert carry is not None and carry.grad is not None, "the loss was multiplied by it"
-        totals, carry.grad = carry.grad, None
+        # A copy: the gradient lies in a bucket of DDP's, which the next update overwrites.
+        totals, carry.grad = carry.grad.clone(), None
         return totals, norm_of(grads)

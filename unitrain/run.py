@@ -92,17 +92,22 @@ class Run:
         """Path or URL of the run's checkpoints."""
         return recipe.checkpoint.path or str(self.folder / "checkpoints")
 
-    def rewrite_recipe(self, recipe: Recipe) -> None:
-        """Make this the run's recipe; the one before stays as recipe-<n>.yaml."""
+    def rewrite_recipe(self, recipe: Recipe) -> Path | None:
+        """Make this the run's recipe; the one before stays as recipe-<n>.yaml, which is returned if they differ."""
         text = to_yaml(recipe)
         before = self.recipe_path.read_text(encoding="utf-8")
         if text == before:
-            return
+            return None
         number = 1
         while (kept := self.folder / f"recipe-{number}.yaml").exists():
             number += 1
         _replace(kept, before)
         _replace(self.recipe_path, text)
+        return kept
+
+    def take_back_recipe(self, kept: Path) -> None:
+        """Make a recipe that `rewrite_recipe` kept the run's own again."""
+        kept.replace(self.recipe_path)
 
     def launched(self) -> dict[str, Any]:
         """The newest `launch` event: launcher, job_id, cwd, ...; empty when no launcher started this run."""

@@ -203,6 +203,11 @@ class Trainer:
         world, recipe = self.world, self.recipe
         if not roles:
             raise UserError(f"{type(self).__name__}.roles() is empty; return at least one Role")
+        for name, role in roles.items():
+            if not isinstance(role, Role):
+                raise UserError(
+                    f"{type(self).__name__}.roles() has a {type(role).__name__} as {name!r}; give a unitrain.Role"
+                )
         if world.size > recipe.train.global_batch:
             raise RecipeError(
                 f"{world.size} ranks cannot share a batch of {recipe.train.global_batch} samples; use at most "
@@ -342,6 +347,10 @@ class Trainer:
             folder = newest.reader.folder if newest.reader is not None else ""
         folder = self._control.share(folder)
         if not folder:
+            if self.world.first and self.run.metrics():
+                # An attempt that ended before its first checkpoint: its steps come again.
+                self.run.rewind(0)
+                self._say(f"there is no checkpoint in {root}: training starts over")
             return
         reader = CheckpointReader(folder)
         self._refuse_other_run(folder, reader.state["identity"])
@@ -351,7 +360,8 @@ class Trainer:
         self.extra = dict(reader.state["extra"])
         if self.world.first:
             self.run.rewind(self.cursor.step)
-            self._say(f"resumed at step {self.cursor.step} from {folder}")
+            done = "; nothing is left to do" if self.cursor.step >= self.recipe.train.steps else ""
+            self._say(f"resumed at step {self.cursor.step} of {self.recipe.train.steps} from {folder}{done}")
 
     def _refuse_other_run(self, folder: str, identity: dict[str, Any]) -> None:
         changed = [
@@ -387,8 +397,12 @@ class Trainer:
             "samples_per_second": (cursor.samples - before.samples) / elapsed,
             "tokens_per_second": (cursor.tokens - before.tokens) / elapsed,
             "memory_bytes": self._control.memory_bytes(),
-            **values,
         }
+        if taken := record.keys() & values.keys():
+            raise UserError(
+                f"the loss function returned a metric named {min(taken)!r}, which every record has already; rename it"
+            )
+        record |= values
         flops, peak = self.flops_per_sample(), self._control.peak_flops()
         if flops and peak:
             record["mfu"] = record["samples_per_second"] * flops / (peak * self.world.size)
@@ -415,7 +429,7 @@ class Trainer:
         """A line for people: in the log, and to the agent, which may show a panel instead."""
         if record is not None:
             self.world.tell_agent(kind="progress", record=record, line=line, steps=self.recipe.train.steps)
-        print(line, flush=True)
+        print(f"{line}\n", end="", flush=True)  # in one write: a save that has ended speaks from its own thread
 
     def _event(self, event: str, **facts: Any) -> None:
         if self.world.first and self.run is not None:

@@ -101,7 +101,7 @@ class World:
         if starter is None:
             return cls(threads=threads)
         names = STARTERS[starter]
-        found = {field: _integer(environ, name) for field, name in names.items() if environ.get(name)}
+        found = {field: _integer(environ, name) for field, name in names.items() if name in environ}
         rank, size = found["rank"], found["size"]
         if not 0 <= rank < size:
             raise UserError(f"{names['rank']}={rank} does not fit {names['size']}={size}: ranks count from 0")

@@ -14,7 +14,8 @@ from typing import Any
 
 from unitrain.recipe_file import recipe_from_text
 from unitrain.run import Run
-from unitrain.trainer import Result, Trainer
+from unitrain.trainer import Result
+from unitrain.trainer_path import resolve_trainer
 
 COMMAND = Path(sys.executable).with_name("unitrain")
 TRAINERS = Path(__file__).with_name("trainers.py")
@@ -49,6 +50,11 @@ class Ended:
         return self
 
 
+def trainer(name: str) -> str:
+    """The override that chooses another of our Trainers."""
+    return f"trainer={TRAINERS}:{name}"
+
+
 def unitrain(*arguments: str | Path, cwd: Path, **environ: str) -> Ended:
     """Run the command and wait for its end."""
     return run([COMMAND, *arguments], cwd=cwd, **environ)
@@ -80,10 +86,27 @@ def resume(folder: Path, shape: str, *overrides: str) -> Ended:
     return unitrain("resume", folder, *_flags(shape), *overrides, cwd=folder.parent)
 
 
-def fit(trainer: type[Trainer], recipe: str, folder: Path, *overrides: str, strategy: str = "single") -> Result:
-    """Train in this very process; goes on where the folder holds a checkpoint."""
+def fit(recipe: str, folder: Path, *overrides: str, strategy: str = "single") -> Result:
+    """Train on one rank, in this very process; goes on where the folder holds a checkpoint."""
     loaded = recipe_from_text(recipe, overrides=[f"strategy={{name: {strategy}}}", *overrides])
-    return trainer(loaded, run_dir=folder).fit()
+    return resolve_trainer(loaded.trainer)(loaded, run_dir=folder).fit()
+
+
+def curve(recipe: str, folder: Path, shape: str, *overrides: str) -> list[float]:
+    """The loss of every step on a shape such as `ddp-2`; one rank trains in this process."""
+    strategy, _, ranks = shape.rpartition("-")
+    if ranks == "1":
+        fit(recipe, folder, *overrides, strategy=strategy)
+    else:
+        launch(recipe, folder, shape, *overrides).succeeded()
+    return losses(folder)
+
+
+def fit_together(shape: str, folders: Sequence[Path]) -> None:
+    """Train the runs in these folders, one after the other, by one group of processes under torchrun."""
+    strategy, _, ranks = shape.rpartition("-")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    run([*torchrun, TRAINERS, strategy, *folders], cwd=folders[0].parent).succeeded()
 
 
 def copied(folder: Path, to: Path, *, up_to: int) -> Path:
@@ -112,23 +135,28 @@ def events(folder: Path, *names: str) -> list[dict[str, Any]]:
     return [event for event in Run(folder).events() if not names or event["event"] in names]
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The folders of published checkpoints, by step."""
-    return sorted(path.parent for path in folder.glob("*/MANIFEST.json"))
+def checkpoints(folder: Path, root: Path | None = None) -> list[Path]:
+    """The folders of a run's published checkpoints, by step; `root` where they lie elsewhere."""
+    return sorted(path.parent for path in (root or folder / "checkpoints").glob("*/MANIFEST.json"))
 
 
-def samples(folder: Path) -> dict[int, list[list[int]]]:
-    """Step -> the samples of every attempt at it, over all ranks, in order (see trainers.Witness)."""
-    found: dict[int, list[list[int]]] = {}
+def samples(folder: Path) -> list[list[int]]:
+    """What each step of the final run trained on, over its ranks in order (see trainers.Witness).
+
+    A rank that goes back to an earlier step takes the later ones back; every attempt at a step must see the same.
+    """
+    whole: dict[int, list[int]] = {}
     for path in sorted(folder.glob("samples-*.jsonl")):
-        seen: dict[int, int] = {}
+        steps: dict[int, list[int]] = {}
         for line in path.read_text().splitlines():
             record = json.loads(line)
-            attempt = seen[record["step"]] = seen.get(record["step"], -1) + 1
-            attempts = found.setdefault(record["step"], [])
-            attempts += [[] for _ in range(attempt + 1 - len(attempts))]
-            attempts[attempt] += record["ids"]
-    return found
+            step, ids = record["step"], record["ids"]
+            assert step <= len(steps) + 1, f"{path.name} goes from step {len(steps)} to {step}"
+            assert steps.get(step, ids) == ids, f"{path.name} has other samples in step {step} than before"
+            steps = {number: seen for number, seen in steps.items() if number < step} | {step: ids}
+        for step, ids in steps.items():
+            whole.setdefault(step, []).extend(ids)
+    return [whole[step] for step in range(1, len(whole) + 1)]
 
 
 def damage(file: Path) -> None:

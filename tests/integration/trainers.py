@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import nn
 
 import unitrain
 from unitrain.tasks import LanguageModel
+from unitrain.trainer_path import resolve_trainer
 
 NUM_ROWS = {"train": 203, "eval": 37}  # odd: no batch size and no number of ranks divides them
 
@@ -60,14 +63,6 @@ class Slow(Witness):
     seconds = 0.01
 
 
-class Sluggish(Slow):
-    """The same for torch optimizers of one's own."""
-
-    def roles(self) -> dict[str, unitrain.Role]:
-        """RMSprop with momentum."""
-        return {"model": own_role(self)}
-
-
 class Own(Rows):
     """Rows with an optimizer of torch's own."""
 
@@ -83,26 +78,73 @@ class Text(LanguageModel):
         """See Trainer."""
 
 
-class Mixed(Rows):
-    """Two models, each on a strategy of its own, that learn the same thing."""
+class Several(Rows):
+    """Four models that learn the same thing with other optimizers, or nothing at all."""
+
+    def roles(self) -> dict[str, unitrain.Role]:
+        """AdamW as the recipe has it, SGD with momentum, RMSprop, and a frozen one."""
+        sgd = unitrain.OptimizerRecipe(name="sgd", lr=1e-2, momentum=0.9, clip=0.5)
+        return {
+            "model": self.role(self.recipe.optimizer),
+            "sgd": self.role(sgd),
+            "own": own_role(self),
+            "frozen": self.role(None),
+        }
+
+    def step(self, batch: unitrain.Batch) -> unitrain.StepOut:
+        """One update of each; the losses of the other models go into `extra`."""
+        for name in ("sgd", "own"):
+            loss = self.engines[name].update(batch, self.hp(name)).read()["loss"]
+            self.extra.setdefault(name, []).append(loss)
+        return super().step(batch)
+
+    def role(self, optimizer: unitrain.OptimizerRecipe | None, strategy: str | None = None) -> unitrain.Role:
+        """A model with an optimizer."""
+        return unitrain.Role(model=self.build_model, losses={"loss": self.loss}, optimizer=optimizer, strategy=strategy)
+
+
+class Mixed(Several):
+    """Two models, each on a strategy of its own."""
 
     def roles(self) -> dict[str, unitrain.Role]:
         """The first on the recipe's strategy."""
-
-        def role(strategy: str | None) -> unitrain.Role:
-            optimizer = self.recipe.optimizer
-            return unitrain.Role(
-                model=self.build_model, losses={"loss": self.loss}, optimizer=optimizer, strategy=strategy
-            )
-
-        return {"model": role(None), "other": role("fsdp2")}
+        return {"model": self.role(self.recipe.optimizer), "other": self.role(self.recipe.optimizer, "fsdp2")}
 
     def step(self, batch: unitrain.Batch) -> unitrain.StepOut:
         """Both models, on the same batch."""
-        other = self.engines["other"].update(batch, self.hp("other")).read()
-        out = self.engines["model"].update(batch, self.hp("model"))
-        self.extra.setdefault("other", []).append(other["loss"])
-        return out
+        self.engines["other"].update(batch, self.hp("other"))
+        return self.engines["model"].update(batch, self.hp("model"))
+
+
+class Counting(Rows):
+    """Keeps the sums and weights of its evaluations."""
+
+    def evaluate(self) -> dict[str, float]:
+        """See Trainer."""
+        assert self._eval_feed is not None, "there is an evaluation split"
+        sums = self.engines["model"].evaluate(self._eval_feed.sweep())
+        self.extra.update({name: list(pair) for name, pair in sums.items()})
+        return {name: amount / weight for name, (amount, weight) in sums.items()}
+
+
+class Failing(Rows):
+    """Fails before step 6 as long as there is no file `pass` in the run's folder."""
+
+    def step(self, batch: unitrain.Batch) -> unitrain.StepOut:
+        """One update, or the failure."""
+        assert self.run is not None, "the run has started"
+        if self.cursor.step == 5 and not (self.run.folder / "pass").exists():
+            raise RuntimeError("this step fails")
+        return super().step(batch)
+
+
+class Fewer(Rows):
+    """The same with other data."""
+
+    def build_source(self, split: str) -> unitrain.Source:
+        """The first half."""
+        whole = super().build_source(split)
+        return unitrain.ArraySource(**whole.fetch(np.arange(len(whole) // 2)))
 
 
 def own_role(trainer: Rows) -> unitrain.Role:
@@ -112,3 +154,14 @@ def own_role(trainer: Rows) -> unitrain.Role:
         return torch.optim.RMSprop(params, lr=1e-2, momentum=0.9, centered=True)
 
     return unitrain.Role(model=trainer.build_model, losses={"loss": trainer.loss}, optimizer=optimizer)
+
+
+def fit_all(strategy: str, folders: list[str]) -> None:
+    """Train the runs in these folders to their ends, one after the other."""
+    for folder in folders:
+        recipe = unitrain.load_recipe(Path(folder) / "recipe.yaml", strategy=strategy)
+        resolve_trainer(recipe.trainer)(recipe, run_dir=folder).fit()
+
+
+if __name__ == "__main__":
+    fit_all(sys.argv[1], sys.argv[2:])

@@ -35,7 +35,7 @@ class TwoHeads(nn.Module):
         inputs, hidden = sizes
         self.trunk, self.head = nn.Linear(inputs, hidden), nn.Linear(hidden, inputs)
         self.fixed = nn.Parameter(torch.ones(3, 2), requires_grad=False)
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.ones(1))
 
     def inner(self, x: Tensor) -> Tensor:
         """Not `forward`, and with a parameter of the model's own."""
@@ -45,6 +45,14 @@ class TwoHeads(nn.Module):
         """(rows, inputs) -> (rows, inputs)."""
         found: Tensor = self.head(self.inner(x))
         return found
+
+
+class Scalar(nn.Module):
+    """One number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
 
 
 def whole(model: TwoHeads, batch: Mapping[str, Tensor]) -> unitrain.Loss:
@@ -255,6 +263,9 @@ def test_one_count_for_parameters_that_were_updated_unequally_is_refused(bench: 
 def test_what_deepspeed_cannot_do_is_refused(bench: Bench) -> None:
     with pytest.raises(Refused, match=r"use train\.precision: bf16 or fp32"):
         bench.bind("zero2", precision="fp16")
+    bench.bind("zero2")
+    with pytest.raises(Refused, match=r"scalar parameter 'weight'; give it the shape \(1,\)"):
+        bench.opened[-1].bind(Role(model=Scalar, optimizer=ADAMW), 0)
     with pytest.raises(Refused, match="use the recipe's optimizer"):
         bench.bind("zero2", optimizer=lambda params: torch.optim.RMSprop(params))
 

@@ -92,8 +92,11 @@ def resume(
     _return_to(run.launched().get("cwd"))
     recipe = load_recipe(run.recipe_path, overrides or [], strategy=strategy, nproc=nproc)
     check(recipe)
-    run.rewrite_recipe(recipe)
-    raise typer.Exit(_start(run, recipe, folder))
+    kept = run.rewrite_recipe(recipe)
+    code = _start(run, recipe, folder)
+    if code == ExitCode.BAD_RECIPE and kept is not None:
+        run.take_back_recipe(kept)  # or the next resume would be refused for the same change
+    raise typer.Exit(code)
 
 
 def _return_to(folder: str | None) -> None:

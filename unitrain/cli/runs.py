@@ -48,7 +48,7 @@ def cancel(
         float, typer.Option("--grace", metavar="SECONDS", min=0, help="Time to save a checkpoint before it is ended.")
     ] = 30.0,
 ) -> None:
-    """Ask a run to save and stop; end it after a grace."""
+    """Ask a run to stop, and end it after a grace."""
     from ..run import Run
 
     run = Run.open(name)
