@@ -145,7 +145,8 @@ class DeepSpeedStrategy(TorchStrategy):
         for name, param in model.named_parameters():
             if param.ndim == 0:
                 raise Refused(
-                    f"{self.name} cannot share the scalar parameter {name!r}; give it the shape (1,), or use --strategy ddp"
+                    f"{self.name} cannot share the scalar parameter {name!r}; give it the shape (1,), or use "
+                    "--strategy ddp"
                 )
 
     def _sized(self, model: nn.Module) -> dict[str, Any]:
