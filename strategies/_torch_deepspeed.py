@@ -78,9 +78,7 @@ class DeepSpeedStrategy(TorchStrategy):
 
             self.made_group = True
             join_alone(self.backend)
-        # zero.Init and the logs read these, which not every starter sets.
-        for name, number in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RANK", world.local_rank)):
-            os.environ[name] = str(number)
+        os.environ["LOCAL_RANK"] = str(world.local_rank)  # zero.Init reads it, and not every starter sets it
         # DeepSpeed calls what torch is about to rename.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         with _quiet(), _no_shared_memory_operator():

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.integration.runs import ROWS, checkpoints, difference, launch, losses, resume
 from unitrain.checkpoint import CheckpointReader
 from unitrain.importers.deepspeed_checkpoint import import_deepspeed_checkpoint
+
+from .runs import ROWS, checkpoints, difference, launch, losses, resume
 
 pytest.importorskip("deepspeed")
 
@@ -29,7 +30,7 @@ def test_roles_that_run_each_others_models_learn_as_on_ddp(tmp_path: Path) -> No
     for shape, options in (("zero2-2", []), ("zero3-2", [CUT_ALL])):
         launch(text, tmp_path / shape, shape, STEPS, "train.eval_every=0", *options).succeeded()
         assert difference(losses(tmp_path / shape), losses(tmp_path / "ddp")) < 1e-5
-        told = [CheckpointReader(str(checkpoints(tmp_path / run / "checkpoints")[-1])).state for run in (shape, "ddp")]
+        told = [CheckpointReader(str(checkpoints(tmp_path / run)[-1])).state for run in (shape, "ddp")]
         assert difference(told[0]["extra"]["told"], told[1]["extra"]["told"]) < 1e-5
 
 
@@ -38,7 +39,7 @@ def test_bf16_follows_ddps_bf16_and_keeps_fp32_masters(tmp_path: Path) -> None:
     for strategy in ("zero1", "zero2", "zero3"):
         launch(ROWS, tmp_path / strategy, f"{strategy}-2", STEPS, "train.precision=bf16").succeeded()
         assert difference(losses(tmp_path / strategy), losses(tmp_path / "ddp")) < 1e-2
-        reader = CheckpointReader(str(checkpoints(tmp_path / strategy / "checkpoints")[-1])).role("model")
+        reader = CheckpointReader(str(checkpoints(tmp_path / strategy)[-1])).role("model")
         assert {info.dtype for info in reader.tensors.values()} == {"float32"}
 
 
@@ -60,7 +61,7 @@ def test_what_deepspeed_saved_is_imported_bit_for_bit(tmp_path: Path, strategy: 
     found = import_deepspeed_checkpoint(run / "deepspeed", tmp_path / "imported")
     assert (found.stage, found.ranks, found.masters) == (int(strategy[-1]), 3, True)
     tensors = load_file(tmp_path / "imported" / "model.safetensors")
-    ours = CheckpointReader(str(checkpoints(run / "checkpoints")[-1])).role("model")
+    ours = CheckpointReader(str(checkpoints(run)[-1])).role("model")
     names = [name for kind, name in ours.tensors if kind == "param"]
     assert sorted(tensors) == sorted(f"model.{name}" for name in names)
     for name in names:

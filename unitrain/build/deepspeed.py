@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from ..errors import UserError
 
 Say = Callable[[str], None]
+RELEASE_SECONDS = 1.0  # a build that ends closes its lock just before it removes it
 
 
 class Operator(NamedTuple):
@@ -134,19 +135,25 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 def _remove_stale_lock(folder: Path, say: Say) -> None:
     """Remove torch's lock file where no process of this machine holds it open: its build died."""
     lock = folder / "lock"
-    if lock.exists() and not _is_open(lock):
+    if not _is_left(lock):
+        return
+    time.sleep(RELEASE_SECONDS)
+    if _is_left(lock):
         say(f"removing {lock}, which a build that died left behind")
         lock.unlink(missing_ok=True)
 
 
-def _is_open(path: Path) -> bool:
-    """True where any process has the file open, as far as this one may look."""
-    wanted = path.stat()
+def _is_left(path: Path) -> bool:
+    """True where the file is there and no process has it open, as far as this one may look."""
+    try:
+        wanted = path.stat()
+    except FileNotFoundError:
+        return False
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             found = os.stat(link)
         except OSError:  # the process or its file is gone, or not ours to look at
             continue
         if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
-            return True
-    return False
+            return False
+    return True
