@@ -57,7 +57,7 @@ Run = Mapping[str, float]  # seconds to the first step and to the end, CPU secon
 def main() -> int:
     """Measure, print; 1 where a goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     known = parser.parse_args()

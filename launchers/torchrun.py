@@ -12,6 +12,7 @@ from typing import Any
 from unitrain.agent.failures import conclude
 from unitrain.agent.job import FILE, job_text
 from unitrain.agent.local_job import cancel_job, job_log, job_status, start_job, wait_for, wait_until_ended
+from unitrain.errors import UserError
 from unitrain.launcher import Job, JobStatus, Launcher, Rendered
 from unitrain.recipe import Recipe
 from unitrain.strategy import Problem
@@ -85,8 +86,11 @@ class Torchrun(Launcher):
         return conclude(job.run_dir, code, caught)
 
     def _show_log(self, job: Job) -> None:
-        for line in self.logs(job.run_dir, follow=True):
-            print(line, flush=True)
+        try:
+            for line in self.logs(job.run_dir, follow=True):
+                print(line, flush=True)
+        except UserError:
+            return  # it ended before any rank had a log; `wait` says how
 
     def status(self, run_dir: Path, job_id: str) -> JobStatus:
         """From torchrun's process, and what the one that waited for it has left."""

@@ -243,14 +243,15 @@ class TorchEngine(Engine):
 
     def evaluate(self, batches: Iterable[Batch], loss: str = "loss") -> Metrics:
         """See Engine."""
-        sums: dict[str, Tensor] = {"loss": torch.zeros(2, device=self.device)}
+        # In fp64: a sweep may count more than the 2**24 tokens up to which fp32 counts exactly.
+        sums: dict[str, Tensor] = {"loss": torch.zeros(2, dtype=torch.float64, device=self.device)}
         with self._forward_only():
             for batch in batches:
                 for micro in batch.micro():
                     self._seed(micro.key)
                     _, pair, metrics = self.sharing.run(self.losses.measured, loss, micro)
                     for name, value in {"loss": pair, **metrics}.items():
-                        sums[name] = sums[name] + value if name in sums else value
+                        sums[name] = sums[name] + value if name in sums else value.double()
         return _reduced(sums, self.ranks)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:

@@ -248,6 +248,7 @@ class Trainer:
             agreed = self._control.share("")
         self._nonce, _, folder = agreed.partition(" ")
         self.run = Run(Path(folder))
+        self._run_dir = self.run.folder  # a second `steps` of this trainer goes on with the same run
 
     def _feed(self, split: str, stack: contextlib.ExitStack) -> tuple[Source | None, Feed | None]:
         source = self.build_source(split)
@@ -303,10 +304,12 @@ class Trainer:
         }
 
     def _save(self, saver: Saver) -> None:
+        assert self.run is not None, "opened before"
         cursor = self.cursor
         state = {
             "cursor": {"step": cursor.step, "samples": cursor.samples, "tokens": cursor.tokens},
             "identity": self._identity(),
+            "run": self.run.id,
             "extra": self.extra,
         }
         saver.save(cursor.step, {name: engine.shards() for name, engine in self.engines.items()}, state)
@@ -329,6 +332,7 @@ class Trainer:
         """Continue from the newest sound checkpoint, which rank 0 finds and checks for all."""
         assert self.run is not None, "opened before"
         root = self.run.checkpoints(self.recipe)
+        self.cursor = Cursor()
         folder = ""
         if self.world.first:
             newest = open_newest(root, verify="full")
@@ -353,6 +357,7 @@ class Trainer:
                 self._say(f"there is no checkpoint in {root}: training starts over")
             return
         reader = CheckpointReader(folder)
+        self._refuse_shared_path(folder, reader.state.get("run"))
         self._refuse_other_run(folder, reader.state["identity"])
         for name, engine in self.engines.items():
             engine.load(reader.role(name)).require_all(f"the checkpoint {folder}")
@@ -362,6 +367,17 @@ class Trainer:
             self.run.rewind(self.cursor.step)
             done = "; nothing is left to do" if self.cursor.step >= self.recipe.train.steps else ""
             self._say(f"resumed at step {self.cursor.step} of {self.recipe.train.steps} from {folder}{done}")
+
+    def _refuse_shared_path(self, folder: str, writer: str | None) -> None:
+        """A new run must not go on with, and later delete, what another one has saved at `checkpoint.path`."""
+        assert self.run is not None, "opened before"
+        path = self.recipe.checkpoint.path
+        began = any(event["event"] == "start" for event in self.run.events())
+        if path is not None and not began and writer not in (None, self.run.id):
+            raise CheckpointMismatch(
+                f"checkpoint.path {path} holds {folder} of the run {writer}; give a new run a path of its own, or go "
+                "on with that run by `unitrain resume`"
+            )
 
     def _refuse_other_run(self, folder: str, identity: dict[str, Any]) -> None:
         changed = [

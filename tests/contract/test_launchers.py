@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,10 @@ def test_a_job_is_followed_from_another_process_to_its_end(start: Any, capfd: py
     )
     for path, content in job.rendered.files.items():
         assert (job.run_dir / path).read_text() == content
-    assert Path(f"/proc/{job.id}/cmdline").read_bytes().decode().split("\0")[:-1] == list(job.rendered.argv)
+    command = Path(f"/proc/{job.id}/cmdline")
+    while not (words := command.read_bytes().decode().split("\0")[:-1]):
+        time.sleep(0.01)  # the kernel shows it a moment after the process has begun
+    assert words == list(job.rendered.argv)
     assert job.status()["state"] == "running"
     follower = job.elsewhere("for line in l.logs(run, rank=1, follow=True): print(line)")
     assert follower.stdout.readline() == "rank 1 of 2 is up\n"

@@ -305,7 +305,7 @@ GAN = Path(__file__).parents[2] / "examples" / "gan.yaml"
 
 @pytest.mark.parametrize("shape", ["single-1", "ddp-3", "fsdp2-2"])
 def test_several_models_resume_exactly(tmp_path: Path, shape: str) -> None:
-    recipe = GAN.read_text().replace("examples/gan.py", str(GAN.with_suffix(".py")))
+    recipe = GAN.read_text().replace("trainer: gan.py", f"trainer: {GAN.with_suffix('.py')}")
     overrides = ["train.steps=8", "train.log_every=1", "checkpoint.every=4", "train.global_batch=32"]
     whole = curve(recipe, tmp_path / "whole", shape, *overrides)
     again = copied(tmp_path / "whole", tmp_path / "again", up_to=4)

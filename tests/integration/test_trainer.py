@@ -18,6 +18,7 @@ import torch
 import unitrain
 from unitrain.checkpoint import CheckpointReader
 from unitrain.cursor import sample_ids
+from unitrain.errors import CheckpointMismatch
 from unitrain.recipe_file import recipe_from_text
 
 from .runs import (
@@ -56,7 +57,7 @@ def test_the_research_example_learns_as_a_plain_script(tmp_path: Path) -> None:
 @pytest.mark.parametrize("example", ["research", "gan"])
 @pytest.mark.parametrize("shape", ["ddp-2", "fsdp2-3"])
 def test_an_example_is_the_same_on_every_strategy(tmp_path: Path, example: str, shape: str) -> None:
-    recipe = (EXAMPLES / f"{example}.yaml").read_text().replace("examples/", f"{EXAMPLES}/")
+    recipe = (EXAMPLES / f"{example}.yaml").read_text().replace("trainer: ", f"trainer: {EXAMPLES}/")
     overrides = ["train.steps=20", "train.log_every=1", "checkpoint.every=0"]
     alone = curve(recipe, tmp_path / "alone", "single-1", *overrides)
     assert difference(curve(recipe, tmp_path / shape, shape, *overrides), alone) < TIGHT
@@ -277,3 +278,13 @@ def test_a_script_launches_ranks_that_learn_what_one_learns(tmp_path: Path) -> N
     fit(ROWS, tmp_path / "alone")
     assert difference(losses(tmp_path / "run"), losses(tmp_path / "alone")) < TIGHT
     assert ended.last_line == f"result 20 {losses(tmp_path / 'run')[-1]}"
+
+
+def test_a_new_run_does_not_take_over_the_checkpoints_of_another(tmp_path: Path) -> None:
+    shared = (*FEW, f"checkpoint.path={tmp_path / 'shared'}")
+    built(Rows, tmp_path / "first", *shared).fit()
+    kept = sorted((tmp_path / "shared").iterdir())
+    with pytest.raises(CheckpointMismatch, match="of the run first; give a new run a path of its own"):
+        built(Rows, tmp_path / "second", *shared).fit()
+    assert sorted((tmp_path / "shared").iterdir()) == kept
+    assert built(Rows, tmp_path / "first", *shared).fit().step == len(losses(tmp_path / "first"))
