@@ -24,6 +24,9 @@ $(READY): pyproject.toml constraints.txt
 # and no other package's wish can make it choose a build with gigabytes of CUDA libraries.
 	$(BIN)/python -m pip install --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
+# What no wheel gives is built for this torch: minutes the first time, seconds from the user's caches later.
+	$(BIN)/python -m unitrain.build horovod
+	$(BIN)/python -m unitrain.build deepspeed
 	@touch $@
 
 demo: install  ## train a small language model on two ranks

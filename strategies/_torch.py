@@ -43,8 +43,12 @@ class TorchStrategy(Strategy):
         if world.threads:
             # A forked rank imported torch before it knew its share of the cores.
             torch.set_num_threads(world.threads)
-        self.device = _device(world)
+        self.device = self.choose_device(world)
         self.ranks = self.join(world)
+
+    def choose_device(self, world: World) -> torch.device:
+        """This rank's GPU where there are any, else the CPU."""
+        return _device(world)
 
     def join(self, world: World) -> Ranks:
         """Meet the other ranks; a process group that somebody has made already is used as it is."""

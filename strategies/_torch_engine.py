@@ -73,6 +73,10 @@ class Sharing:
         """Where `local(tensor)` begins in the whole; None where every rank holds the whole."""
         return None
 
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function that runs the model outside of an update."""
+        return function(*args)
+
     def after_forward_only(self) -> None:
         """Called after evaluation and generation."""
 
@@ -177,26 +181,31 @@ class TorchEngine(Engine):
         self.losses = sharing.losses
         named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
         self.names = [name for name, _ in named]
+        self.trained = set(self.names)
         self.params = [param for _, param in named]
         kept = set(model.state_dict(keep_vars=True))
         self.buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
         self.device = sharing.local(self.params[0]).device if named else _device_of(model)
         self.generators = _generators(self.device)
-        self.optimizer: Optimizer | None = None
-        if role.optimizer is not None:
-            if not named:
-                raise UserError("a role has an optimizer but its model has no trainable parameter; use optimizer: None")
-            with torch.no_grad():
-                local = [sharing.local(param) for param in self.params]
-            params: list[Tensor] = list(self.params)
-            self.optimizer = make_optimizer(role.optimizer, self.names, params, local, recipe.optimizer.lr)
+        if role.optimizer is not None and not named:
+            raise UserError("a role has an optimizer but its model has no trainable parameter; use optimizer: None")
+        self.optimizer = self._make_optimizer(recipe)
         if recipe.train.precision == "fp16":
             self.losses.scale = torch.tensor(FP16_FIRST_SCALE, device=self.device)
             self.good_steps = torch.zeros(1, dtype=torch.int32, device=self.device)
 
+    def _make_optimizer(self, recipe: Recipe) -> Optimizer | None:
+        """What moves this rank's parameters; None where nothing does, or where a backend keeps it to itself."""
+        if self.role.optimizer is None:
+            return None
+        with torch.no_grad():
+            local = [self.sharing.local(param) for param in self.params]
+        params: list[Tensor] = list(self.params)
+        return make_optimizer(self.role.optimizer, self.names, params, local, recipe.optimizer.lr)
+
     def update(self, batch: Batch, hp: HyperParameters, loss: str = "loss") -> TorchStepOut:
         """See Engine."""
-        if self.optimizer is None:
+        if self.role.optimizer is None:
             raise UserError("this role has no optimizer, so it cannot be updated; give Role(optimizer=...)")
         if not self.model.training:
             self.model.train()
@@ -240,7 +249,7 @@ class TorchEngine(Engine):
             for batch in batches:
                 for micro in batch.micro():
                     self._seed(micro.key)
-                    _, pair, metrics = self.losses.measured(loss, micro)
+                    _, pair, metrics = self.sharing.run(self.losses.measured, loss, micro)
                     for name, value in {"loss": pair, **metrics}.items():
                         sums[name] = sums[name] + value if name in sums else value.double()
         return _reduced(sums, self.ranks)
@@ -248,13 +257,13 @@ class TorchEngine(Engine):
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """See Engine."""
         with self._forward_only(), _autocast(self.losses.device_type, self.losses.compute):
-            return function(self.model, *args)
+            return self.sharing.run(function, self.model, *args)
 
     def shards(self, kinds: Collection[str] | None = None) -> Iterator[Shard]:
         """See Engine."""
         self._share_buffers()
         for place in self._places():
-            if kinds is None or place.kind in kinds:
+            if self._in_checkpoint(place) and (kinds is None or place.kind in kinds):
                 box = self._written(place)
                 if box is not None:
                     data, offset = box
@@ -265,14 +274,15 @@ class TorchEngine(Engine):
         present = {pair: info for pair, info in reader.tensors.items() if kinds is None or pair[0] in kinds}
         if self.optimizer is not None:
             self.optimizer.prepare({pair: info.shape for pair, info in present.items()})
-        loaded: list[tuple[str, str]] = []
-        missing: list[tuple[str, str]] = []
-        for place in self._places():
+        # Dictionaries without values: sets that keep their order, for a tensor may lie in several places.
+        loaded: dict[tuple[str, str], None] = {}
+        missing: dict[tuple[str, str], None] = {}
+        for place in self._places(writing=True):
             pair = (place.kind, place.name)
-            if kinds is not None and place.kind not in kinds:
+            if not self._in_checkpoint(place) or (kinds is not None and place.kind not in kinds):
                 continue
             if pair not in present:
-                missing.append(pair)
+                missing[pair] = None
                 continue
             info = present[pair]
             if tuple(info.shape) != place.shape:
@@ -280,30 +290,35 @@ class TorchEngine(Engine):
                     f"{place.kind} {place.name} has shape {tuple(info.shape)} in the checkpoint and {place.shape} in "
                     "this model; resume with the recipe that wrote it"
                 )
+            loaded[pair] = None
+            if place.offset is not None and not place.data.numel():
+                continue  # this rank has no part of it
             offset = place.offset or (0,) * place.data.ndim
             box = reader.read(place.kind, place.name, offset, tuple(place.data.shape))
             with torch.no_grad():
                 place.data.copy_(_from_numpy(box, info.dtype))
-            loaded.append(pair)
         self.sharing.after_forward_only()
-        return LoadReport(loaded, missing, sorted(set(present) - set(loaded)))
+        return LoadReport(list(loaded), list(missing), sorted(set(present) - set(loaded)))
 
     def digest(self) -> dict[str, int]:
         """See Engine."""
         self._share_buffers()
-        names, sums = [], []
+        sums: dict[str, int] = {}
         for place in self._places():
             if place.kind in ("param", "buffer"):
                 box = self._written(place)
-                names.append(place.name)
-                sums.append(0 if box is None else box_digest(_to_numpy(box[0]), place.shape, box[1]))
+                part = 0 if box is None else box_digest(_to_numpy(box[0]), place.shape, box[1])
+                sums[place.name] = (sums.get(place.name, 0) + part) % 2**64
         # int64 addition wraps modulo 2**64, which is the sum that a digest is
-        total = torch.from_numpy(np.array(sums, dtype=np.uint64).view(np.int64))
+        total = torch.from_numpy(np.array(list(sums.values()), dtype=np.uint64).view(np.int64))
         self.ranks.sum(total)
-        return dict(zip(names, total.numpy().view(np.uint64).tolist(), strict=True))
+        return dict(zip(sums, total.numpy().view(np.uint64).tolist(), strict=True))
 
-    def _places(self) -> Iterator[Place]:
-        """Every tensor of the state, in an order that is the same on all ranks."""
+    def _places(self, *, writing: bool = False) -> Iterator[Place]:
+        """Every tensor of the state, in one or more places each, in an order that is the same on all ranks.
+
+        With `writing` the caller changes the places' data, each before it asks for the next.
+        """
         sharing = self.sharing
         for name, param in self.model.named_parameters():
             yield Place("param", name, sharing.local(param.detach()), tuple(param.shape), sharing.offset(param))
@@ -320,6 +335,10 @@ class TorchEngine(Engine):
         if self.losses.scale is not None:
             yield Place("fp16.scale", "*", self.losses.scale, (), None)
             yield Place("fp16.good_steps", "*", self.good_steps, (1,), None)
+
+    def _in_checkpoint(self, place: Place) -> bool:
+        """False for frozen parameters of a role that keeps only what is trained."""
+        return self.role.checkpoint == "all" or place.kind != "param" or place.name in self.trained
 
     def _written(self, place: Place) -> tuple[Tensor, tuple[int, ...]] | None:
         """The box that this rank contributes of a tensor, if any. Replicas share the work by rows."""
@@ -355,7 +374,7 @@ class TorchEngine(Engine):
 
 
 class Place(NamedTuple):
-    """Where a named logical tensor lives on this rank."""
+    """Where a named logical tensor, or a box of it, lives on this rank."""
 
     kind: str
     name: str

@@ -21,7 +21,7 @@ def build_model(role: Role, seed: int, device: torch.device) -> nn.Module:
             torch.manual_seed(seed)
             return _checked(role.model()).to(device)
     model = empty_model(role)
-    model.to_empty(device=device)
+    materialize(model, device)
     fill_initial(model, role, seed)
     return model
 
@@ -32,6 +32,18 @@ def empty_model(role: Role) -> nn.Module:
         return _checked(role.model())
 
 
+def materialize(model: nn.Module, device: torch.device) -> None:
+    """Give a model that was built empty memory without values; parameters that modules share stay shared."""
+    names: dict[int, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(name)
+    model.to_empty(device=device)
+    for first, *others in names.values():
+        for other in others:
+            owner, _, attribute = other.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, model.get_parameter(first))
+
+
 @torch.no_grad()
 def fill_initial(
     model: nn.Module,
@@ -40,7 +52,11 @@ def fill_initial(
     local: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     offset: Callable[[Tensor], tuple[int, ...] | None] = lambda tensor: None,
 ) -> None:
-    """Write initial values into this rank's part of every parameter, and reset the buffers."""
+    """Write initial values into this rank's part of every parameter, and reset the buffers.
+
+    A model may say how by a method `reset_buffers()`; otherwise each module that has buffers must have
+    `reset_running_stats()`, as batch norms do.
+    """
     assert role.initial is not None, "checked by the caller"
     for name, param in model.named_parameters():
         values = torch.from_numpy(role.initial(name, tuple(param.shape), seed))
@@ -48,6 +64,15 @@ def fill_initial(
         if begin is not None:
             values = values[tuple(slice(b, b + n) for b, n in zip(begin, part.shape, strict=True))]
         part.copy_(values)
+    reset_buffers(model)
+
+
+def reset_buffers(model: nn.Module) -> None:
+    """Set the buffers of a model that was built empty, as `fill_initial` describes."""
+    own: Any = getattr(model, "reset_buffers", None)
+    if own is not None:
+        own()
+        return
     for module in model.modules():
         if any(True for _ in module.buffers(recurse=False)):
             # A module that has buffers must know how to set them: nothing else does once it was built empty.

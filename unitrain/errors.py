@@ -57,8 +57,9 @@ class UnknownName(UserError):
 class MissingExtra(UserError):
     """A backend whose package is not installed."""
 
-    def __init__(self, what: str, package: str, extra: str) -> None:
-        super().__init__(f"{what} needs {package}: pip install 'unitrain[{extra}]'")
+    def __init__(self, what: str, package: str, extra: str, *, install: str = "") -> None:
+        command = install or f"pip install 'unitrain[{extra}]'"
+        super().__init__(f"{what} needs {package}: {command}")
 
 
 class Refused(UserError):

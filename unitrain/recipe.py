@@ -44,7 +44,7 @@ def required(help: str) -> Any:
 class ModelRecipe:
     """The model by name, with options of its own."""
 
-    name: str = key("", "a built-in model (`gpt`, `mlp`, `convnet`), or any word that your Trainer understands")
+    name: str = key("", "a built-in model (`gpt`, `mlp`, `convnet`, `hf`), or any word that your Trainer understands")
     options: Mapping[str, Any] = mapping("all other keys under `model:`; the model's own")
 
 
@@ -52,7 +52,7 @@ class ModelRecipe:
 class DataRecipe:
     """The data source by name, with options of its own."""
 
-    name: str = key("", "a built-in source (`text`, `tokens`, `arrays`, `digits`), or your Trainer's own")
+    name: str = key("", "a built-in source (`text`, `tokens`, `arrays`, `digits`, `datasets`), or your Trainer's own")
     options: Mapping[str, Any] = mapping("all other keys under `data:`; the source's own")
 
 

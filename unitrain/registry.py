@@ -27,6 +27,7 @@ class Entry:
     requires: str = ""  # the import name of a package that must be there
     package: str = ""  # its name for people
     extra: str = ""  # the extra that installs it
+    install: str = ""  # the command that installs it, where no extra can
     problems: str = ""  # "module:function" that says what it refuses without importing the framework
     preload: tuple[str, ...] = ()  # what a warm process imports before it forks ranks
     fork: bool = True  # False: the framework starts threads at import
@@ -69,6 +70,45 @@ STRATEGIES: Mapping[str, Entry] = MappingProxyType({
         problems="unitrain.strategies._torch_refusals:fsdp2",
         preload=(*_TORCH, "torch.distributed.fsdp"),
     ),
+    **{
+        name: Entry(
+            path=f"unitrain.strategies.deepspeed:{kind}",
+            summary=f"DeepSpeed {summary}",
+            framework="torch",
+            requires="deepspeed",
+            package="DeepSpeed",
+            extra="deepspeed",
+            problems=f"unitrain.strategies._torch_refusals:{name}",
+            preload=(*_TORCH, "unitrain.strategies.deepspeed"),
+        )
+        for name, kind, summary in (
+            ("zero1", "Zero1", "ZeRO-1: optimizer state sharded"),
+            ("zero2", "Zero2", "ZeRO-2: gradients and optimizer state sharded"),
+            ("zero3", "Zero3", "ZeRO-3: parameters, gradients and optimizer state sharded"),
+            ("zero2_offload", "Zero2Offload", "ZeRO-2 with the optimizer in host memory"),
+            ("zero3_offload", "Zero3Offload", "ZeRO-3 with parameters and optimizer in host memory or on NVMe"),
+        )
+    },
+    "horovod": Entry(
+        path="unitrain.strategies.horovod:Horovod",
+        summary="Horovod: gradients summed by ring all-reduce",
+        framework="torch",
+        requires="horovod",
+        package="Horovod, built against this torch",
+        install="python -m unitrain.build horovod",
+        problems="unitrain.strategies._torch_refusals:horovod",
+        preload=_TORCH,
+    ),
+    "accelerate": Entry(
+        path="unitrain.strategies.accelerate:Accelerate",
+        summary="runs your own accelerate config: DDP, FSDP2 or DeepSpeed",
+        framework="torch",
+        requires="accelerate",
+        package="accelerate",
+        extra="accelerate",
+        problems="unitrain.strategies._torch_refusals:accelerate",
+        preload=(*_TORCH, "accelerate"),
+    ),
 })  # fmt: skip
 
 LAUNCHERS: Mapping[str, Entry] = MappingProxyType({
@@ -83,6 +123,13 @@ MODELS: Mapping[str, Entry] = MappingProxyType({
     "gpt": Entry(path="unitrain.models.config:GPT", summary="decoder-only transformer: RMSNorm, RoPE, SwiGLU"),
     "mlp": Entry(path="unitrain.models.config:MLP", summary="fully connected layers"),
     "convnet": Entry(path="unitrain.models.config:ConvNet", summary="small residual convolutional network"),
+    "hf": Entry(
+        path="unitrain.models.hf_config:HF",
+        summary="a model of transformers, from a local folder or its configuration; with adapters (LoRA) if you like",
+        requires="transformers",
+        package="transformers",
+        extra="hf",
+    ),
 })  # fmt: skip
 
 SOURCES: Mapping[str, Entry] = MappingProxyType({
@@ -97,6 +144,13 @@ SOURCES: Mapping[str, Entry] = MappingProxyType({
         requires="sklearn",
         package="scikit-learn",
         extra="digits",
+    ),
+    "datasets": Entry(
+        path="unitrain.data.hf:DatasetsData",
+        summary="Hugging Face data sets on this machine: save_to_disk, parquet, JSON lines",
+        requires="datasets",
+        package="datasets",
+        extra="hf",
     ),
 })  # fmt: skip
 
@@ -132,7 +186,7 @@ def entry(group: str, name: str) -> Entry:
         raise UnknownName(_SINGULAR[group], name, known)
     found = known[name]
     if not found.installed:
-        raise MissingExtra(f"{_SINGULAR[group]} {name!r}", found.package, found.extra)
+        raise MissingExtra(f"{_SINGULAR[group]} {name!r}", found.package, found.extra, install=found.install)
     return found
 
 

@@ -15,7 +15,7 @@ import resource
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,8 @@ class Role:
     # (canonical name, shape, seed) -> fp32 values; with it a model is born sharded, without it `model` initialises
     initial: Callable[[str, tuple[int, ...], int], NDArray[np.float32]] | None = None
     strategy: str | None = None  # None: the recipe's
+    # "trainable": checkpoints leave out frozen parameters, which `initial` gives again when a run is resumed
+    checkpoint: Literal["all", "trainable"] = "all"
 
 
 class Shard(NamedTuple):

@@ -123,6 +123,10 @@ class Trainer:
         """Training FLOPs of one sample, forward and backward; None where unknown (no MFU then)."""
         return None
 
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that wrote the checkpoint, beyond data, seed and batch (JSON)."""
+        return {}
+
     def hp(self, role: str = "model") -> HyperParameters:
         """Hyper-parameters of this step for a role."""
         top, clip = self._rates[role]
@@ -296,6 +300,7 @@ class Trainer:
             "train.seed": self.recipe.train.seed,
             "train.global_batch": self.recipe.train.global_batch,
             "training data": self.train_source.fingerprint(),
+            **self.identity(),
         }
 
     def _save(self, saver: Saver) -> None:

@@ -1,7 +1,7 @@
 """Who am I among the ranks: the only reader of the process environment.
 
 Our agent sets the variables that torchrun sets, so that a plain torch script runs under either. A worker
-started by srun or mpirun alone finds its place from theirs.
+started by srun, mpirun or horovodrun alone finds its place from theirs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,14 @@ STARTERS: dict[str, dict[str, str]] = {
         "node": "GROUP_RANK",
         "nodes": "GROUP_WORLD_SIZE",
         "generation": "TORCHELASTIC_RESTART_COUNT",
+    },
+    "horovodrun": {
+        "rank": "HOROVOD_RANK",
+        "size": "HOROVOD_SIZE",
+        "local_rank": "HOROVOD_LOCAL_RANK",
+        "local_size": "HOROVOD_LOCAL_SIZE",
+        "node": "HOROVOD_CROSS_RANK",
+        "nodes": "HOROVOD_CROSS_SIZE",
     },
     "mpirun": {
         "rank": "OMPI_COMM_WORLD_RANK",
@@ -56,7 +64,7 @@ class World:
     nodes: int = 1
     coordinator: str = ""  # host:port on which rank 0 listens; empty when alone
     generation: int = 0  # +1 on every restart of the group
-    starter: str = "alone"  # what started this rank: agent, torchrun, mpirun, srun, alone
+    starter: str = "alone"  # what started this rank: agent, torchrun, horovodrun, mpirun, srun, alone
     threads: int | None = None  # intra-op CPU threads; None leaves the framework's default
     agent_fd: int | None = None  # our agent listens here, one JSON object a line
 
@@ -111,6 +119,14 @@ class World:
         )
 
 
+def forget_variables(*prefixes: str) -> list[str]:
+    """Remove the variables of these prefixes from this process, so that no library obeys them; their names."""
+    found = sorted(name for name in os.environ if name.startswith(prefixes))
+    for name in found:
+        del os.environ[name]
+    return found
+
+
 def _starter(environ: Mapping[str, str]) -> str | None:
     """The first starter whose rank and size are both set; srun also needs a step (an sbatch script is no rank)."""
     for starter, names in STARTERS.items():
@@ -129,6 +145,10 @@ def _coordinator(environ: Mapping[str, str], starter: str, nodes: int) -> str:
     host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
     if host and port:
         return f"{host}:{port}"
+    if starter == "horovodrun" and environ.get("HOROVOD_GLOO_RENDEZVOUS_PORT"):
+        # horovodrun starts each rank from a process of its own; what they share is its store, whose port is taken.
+        host = environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"] if nodes > 1 else LOOPBACK
+        return f"{host}:{20000 + (_integer(environ, 'HOROVOD_GLOO_RENDEZVOUS_PORT') + 5000) % 10000}"
     if nodes > 1:
         raise UserError(f"{nodes} nodes were started by {starter}, but MASTER_ADDR and MASTER_PORT are not both set")
     # One node: any port that all its ranks derive alike and two jobs rarely share.

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from unitrain.batch import Batch, MicroBatch
 from unitrain.strategies._torch_engine import TorchEngine, TorchStepOut
-from unitrain.strategies.ddp import DDP, Replicated
+from unitrain.strategies._torch_replicated import Replicated
+from unitrain.strategies.ddp import DDP
 from unitrain.strategy import HyperParameters, Role, Shard
 
 

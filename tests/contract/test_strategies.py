@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
+import pytest
+
 from unitrain.testing import StrategyContract
+
+needs_horovod = pytest.mark.skipif(
+    importlib.util.find_spec("horovod") is None, reason="needs Horovod: python -m unitrain.build horovod"
+)
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed: pip install 'unitrain[deepspeed]'"
+)
+ACCELERATE = Path(__file__).parents[1] / "fixtures" / "accelerate"
 
 
 class TestSingle(StrategyContract):
@@ -27,4 +40,91 @@ class TestFSDP2Hybrid(StrategyContract):
 class TestFSDP2OptionsTogether(StrategyContract):
     strategy = "fsdp2"
     options = {"cpu_offload": True, "reshard_after_forward": False, "activation_checkpointing": True}
+    ranks = (2,)
+
+
+@needs_horovod
+class TestHorovod(StrategyContract):
+    strategy = "horovod"
+
+
+@needs_horovod
+class TestHorovodInManyBuckets(StrategyContract):
+    strategy = "horovod"
+    options = {"fusion_threshold_mb": 0.0001, "cycle_time_ms": 0.5}
+    ranks = (3,)
+
+
+class TestAccelerate(StrategyContract):
+    strategy = "accelerate"
+
+
+class TestAccelerateFSDP2(StrategyContract):
+    strategy = "accelerate"
+    options = {"config": str(ACCELERATE / "fsdp2.yaml")}
+
+
+class TestAccelerateFSDP2Tuned(StrategyContract):
+    strategy = "accelerate"
+    options = {"config": str(ACCELERATE / "fsdp2_tuned.yaml")}
+    ranks = (2,)
+
+
+class TestAccelerateZero2(StrategyContract):
+    strategy = "accelerate"
+    options = {"config": str(ACCELERATE / "zero2.yaml")}
+
+
+class TestAccelerateZero3Offload(StrategyContract):
+    strategy = "accelerate"
+    options = {"config": str(ACCELERATE / "zero3_offload.yaml")}
+    ranks = (2,)
+
+
+@needs_deepspeed
+class TestZero1(StrategyContract):
+    strategy = "zero1"
+
+
+@needs_deepspeed
+class TestZero2(StrategyContract):
+    strategy = "zero2"
+
+
+@needs_deepspeed
+class TestZero2InManyBuckets(StrategyContract):
+    strategy = "zero2"
+    options = {
+        "zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 20, "round_robin_gradients": True},
+        "activation_checkpointing": True,
+    }
+    ranks = (3,)
+
+
+@needs_deepspeed
+class TestZero3(StrategyContract):
+    strategy = "zero3"
+
+
+@needs_deepspeed
+class TestZero3WithoutWholeParameters(StrategyContract):
+    strategy = "zero3"
+    options = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    ranks = (3,)
+
+
+@needs_deepspeed
+class TestZero2Offload(StrategyContract):
+    strategy = "zero2_offload"
+
+
+@needs_deepspeed
+class TestZero3Offload(StrategyContract):
+    strategy = "zero3_offload"
+
+
+@needs_deepspeed
+class TestZero3OffloadInSmallGroups(StrategyContract):
+    strategy = "zero3_offload"
+    options = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 8}}
     ranks = (2,)

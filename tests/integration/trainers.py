@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,45 @@ class Fewer(Rows):
         return unitrain.ArraySource(**whole.fetch(np.arange(len(whole) // 2)))
 
 
+class Adversaries(Rows):
+    """Two roles, each of whose losses runs the other's model: one draws, one tells drawn from given."""
+
+    def roles(self) -> dict[str, unitrain.Role]:
+        """The first draws one number from six, the second judges a number."""
+        fast = replace(self.recipe.optimizer, lr=2 * self.recipe.optimizer.lr)
+        drawing = unitrain.Role(
+            model=lambda: network(6), losses={"loss": self.deceive}, optimizer=self.recipe.optimizer
+        )
+        telling = unitrain.Role(model=lambda: network(1), losses={"loss": self.tell}, optimizer=fast)
+        return {"drawing": drawing, "telling": telling}
+
+    def step(self, batch: unitrain.Batch) -> unitrain.StepOut:
+        """Both roles on the same batch; the second one's loss is kept."""
+        told = self.engines["telling"].update(batch, self.hp("telling")).read()["loss"]
+        self.extra.setdefault("told", []).append(told)
+        return self.engines["drawing"].update(batch, self.hp("drawing"))
+
+    def tell(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> Any:
+        """Given is 1, drawn is 0."""
+        with torch.no_grad():
+            drawn = self.engines["drawing"].model(batch["x"])
+        return (model(batch["y"]) - 1).square().mean() + model(drawn).square().mean()
+
+    def deceive(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> Any:
+        """What is drawn should be told to be given."""
+        return (self.engines["telling"].model(model(batch["x"])) - 1).square().mean()
+
+
+class KeptByDeepSpeed(Rows):
+    """Also writes a checkpoint by DeepSpeed's own way."""
+
+    def finish(self) -> None:
+        """See Trainer."""
+        assert self.run is not None, "the run has started"
+        engine: Any = self.engines["model"]
+        engine.engine.save_checkpoint(str(self.run.folder / "deepspeed"))
+
+
 def own_role(trainer: Rows) -> unitrain.Role:
     """A role whose optimizer is a torch optimizer."""
 
@@ -165,3 +205,8 @@ def fit_all(strategy: str, folders: list[str]) -> None:
 
 if __name__ == "__main__":
     fit_all(sys.argv[1], sys.argv[2:])
+
+
+def network(inputs: int) -> nn.Module:
+    """(rows, inputs) -> (rows, 1)."""
+    return nn.Sequential(nn.Linear(inputs, 7), nn.Tanh(), nn.Linear(7, 1))

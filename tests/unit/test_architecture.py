@@ -32,6 +32,8 @@ FRAMEWORKS = {
 # what stands on one of those, or replaces this package's own work
 BACKENDS = {"deepspeed", "horovod", "ray", "accelerate", "lightning", "pytorch_lightning", "transformers", "mpi4py"}
 FOREIGN = BACKENDS.union(*FRAMEWORKS.values())
+# files of unitrain/models whose models are a backend's own
+MODEL_BACKENDS = {"unitrain.models.hf_torch": {"transformers"}}
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 IMPORT_NAMES = {"pyyaml": "yaml"}  # where it is not the package's own
@@ -46,7 +48,7 @@ FORBIDDEN_CALLS = {
 }
 
 # files of the core that belong to a framework
-BOUND = {"_torch": "torch", "_jax": "jax", "_tf": "tensorflow"}  # endings in unitrain/models and unitrain/testing
+BOUND = {"_torch": "torch", "_jax": "jax", "_tf": "tensorflow"}  # endings in unitrain/models, testing, importers
 
 # who reads the environment, and why; everybody else asks unitrain.world
 ENVIRONMENT_READERS = {"unitrain.world": "the one place that knows what each starter sets"}
@@ -111,7 +113,7 @@ class Module:
         """The framework that a file of the core is written in."""
         if self.name.startswith("unitrain.tasks."):
             return "torch"
-        if self.name.startswith(("unitrain.models.", "unitrain.testing.")):
+        if self.name.startswith(("unitrain.models.", "unitrain.testing.", "unitrain.importers.")):
             return next((framework for ending, framework in BOUND.items() if self.name.endswith(ending)), None)
         return None
 
@@ -192,12 +194,19 @@ def package_modules() -> list[Module]:
 
 
 def core_imports_no_framework(module: Module) -> Iterator[str]:
-    """The core runs without any framework; models and tasks belong to one, and the test kit may start one late."""
+    """The core runs without any framework; models and tasks belong to one, the test kit may start one late.
+
+    What builds a backend asks that backend, late too.
+    """
     if module.family != "core":
         return
     own = FRAMEWORKS[module.framework] if module.framework else set()
+    own = own | MODEL_BACKENDS.get(module.name, set())
     for found in module.imports:
-        late = module.name.startswith("unitrain.testing") and found.place == "function"
+        late = found.place == "function" and (
+            module.name.startswith("unitrain.testing")
+            or (module.name.startswith("unitrain.build.") and found.package in {"torch", *module.name.split(".")})
+        )
         if found.package in FOREIGN - own and not late:
             yield f"{module.name}:{found.line} imports {found.target}"
 
@@ -231,10 +240,14 @@ def core_needs_only_what_is_declared(module: Module) -> Iterator[str]:
 
 
 def a_strategy_imports_core_and_its_own_framework(module: Module) -> Iterator[str]:
-    """No launcher, no other strategy but what its framework's strategies share, no other framework."""
+    """No launcher, no other strategy but what its framework's strategies share, no other framework.
+
+    A shared file may import the backends that its name tells (`_torch_deepspeed_state`), and a strategy of another
+    backend may import it only where it is used.
+    """
     if module.family != "strategies" or module.name == "unitrain.strategies":
         return
-    framework, backend = _registered_framework(module.name)
+    framework, backends = _registered_framework(module.name)
     if framework is None:
         yield f"{module.name} stands in no table of unitrain.registry"
         return
@@ -244,19 +257,27 @@ def a_strategy_imports_core_and_its_own_framework(module: Module) -> Iterator[st
             yield f"{module.name}:{found.line} imports {found.target}: strategies know nothing of launchers"
         elif found.target.startswith("unitrain.strategies.") and not found.target.startswith(shared):
             yield f"{module.name}:{found.line} imports {found.target}: of its own family only {shared}*"
-        elif found.package in FOREIGN - FRAMEWORKS[framework] - {backend}:
+        elif found.place != "function" and not _backends(found.target) <= backends:
+            yield f"{module.name}:{found.line} imports {found.target} at top level, which is of another backend"
+        elif found.package in FOREIGN - FRAMEWORKS[framework] - backends:
             yield f"{module.name}:{found.line} imports {found.target}, a framework that is not its own"
 
 
-def _registered_framework(name: str) -> tuple[str | None, str]:
-    """The framework of a file in strategies/ and its backend package, as the registry or an underscore tells."""
+def _registered_framework(name: str) -> tuple[str | None, set[str]]:
+    """The framework of a file in strategies/ and its backend packages, as the registry or an underscore tells."""
     last = name.rpartition(".")[2]
     if last.startswith("_"):
-        return next((framework for framework in FRAMEWORKS if last.startswith(f"_{framework}")), None), ""
+        return next((framework for framework in FRAMEWORKS if last.startswith(f"_{framework}")), None), _backends(name)
     for entry in registry.STRATEGIES.values():
         if entry.path.partition(":")[0] == name:
-            return entry.framework, entry.requires
-    return None, ""
+            return entry.framework, {entry.requires}
+    return None, set()
+
+
+def _backends(name: str) -> set[str]:
+    """The backends in the name of a file that strategies share."""
+    last = name.rpartition(".")[2]
+    return BACKENDS & set(last.split("_")) if last.startswith("_") else set()
 
 
 def a_launcher_imports_core_alone(module: Module) -> Iterator[str]:
@@ -311,6 +332,9 @@ def nothing_runs_text_or_unpickles(module: Module) -> Iterator[str]:
         if not isinstance(node, ast.Call):
             continue
         called = _dotted(node.func)
+        as_data = any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in node.keywords)
+        if called == "torch.load" and as_data and module.name == "unitrain.importers.pickled_torch":
+            continue  # in a process of its own
         if called in FORBIDDEN_CALLS:
             yield f"{module.name}:{node.lineno} calls {called}"
         for word in node.keywords:
@@ -348,11 +372,18 @@ SEEDS: dict[Rule, list[tuple[str, str, str]]] = {
         ("models.gpt", "import torch", "imports torch"),
         ("models.gpt_torch", "import torch", ""),
         ("models.gpt_torch", "import transformers", "imports transformers"),
+        ("models.hf_torch", "import transformers", ""),
+        ("models.hf_config", "import transformers", "imports transformers"),
         ("models.gpt_jax", "import torch", "imports torch"),
         ("tasks.language", "import torch", ""),
         ("testing.kit", "import torch", "imports torch"),
         ("testing.kit", "def f():\n    import torch", ""),
         ("testing.kit_torch", "import torch", ""),
+        ("importers.pickled_torch", "import torch", ""),
+        ("importers.accelerate", "def f():\n    import torch", "imports torch"),
+        ("build.deepspeed", "def f():\n    import torch, deepspeed", ""),
+        ("build.deepspeed", "import deepspeed", "imports deepspeed"),
+        ("build.horovod", "def f():\n    import deepspeed", "imports deepspeed"),
     ],
     core_names_no_backend: [
         ("trainer", "from .strategies import ddp", "imports unitrain.strategies.ddp"),
@@ -379,6 +410,12 @@ SEEDS: dict[Rule, list[tuple[str, str, str]]] = {
         ("strategies.ddp", "def f():\n    from ..launchers import local", "nothing of launchers"),
         ("strategies.unknown", "", "stands in no table"),
         ("strategies._torch", "import jax", "a framework that is not its own"),
+        ("strategies._torch", "import deepspeed", "a framework that is not its own"),
+        ("strategies._torch_deepspeed_state", "import deepspeed", ""),
+        ("strategies._torch_deepspeed_state", "import accelerate", "a framework that is not its own"),
+        ("strategies.ddp", "from ._torch_deepspeed import X", "at top level, which is of another backend"),
+        ("strategies.ddp", "def f():\n    from ._torch_deepspeed import X", ""),
+        ("strategies.deepspeed", "from ._torch_deepspeed import X", ""),
     ],
     a_launcher_imports_core_alone: [
         ("launchers.local", "from ..strategies import ddp", "nothing of what they start"),
@@ -403,6 +440,9 @@ SEEDS: dict[Rule, list[tuple[str, str, str]]] = {
     nothing_runs_text_or_unpickles: [
         ("checkpoint.x", "def f():\n    import pickle", "imports pickle"),
         ("checkpoint.x", "torch.load(path)", "calls torch.load"),
+        ("checkpoint.x", "torch.load(path, weights_only=True)", "calls torch.load"),
+        ("importers.pickled_torch", "torch.load(path, weights_only=True)", ""),
+        ("importers.pickled_torch", "torch.load(path, weights_only=False)", "calls torch.load"),
         ("checkpoint.x", "eval('1')", "calls eval"),
         ("checkpoint.x", "exec('1')", "calls exec"),
         ("checkpoint.x", "os.system('ls')", "calls os.system"),

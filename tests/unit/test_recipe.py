@@ -189,17 +189,17 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     (
         "trainer: unitrain.tasks:LanguageModel\nmodel: {name: gtp}",
         [],
-        "no model named 'gtp', did you mean 'gpt'?; known: convnet, gpt, mlp",
+        "no model named 'gtp', did you mean 'gpt'?; known: convnet, gpt, hf, mlp",
     ),
     (
         "trainer: unitrain.tasks:Classification\nmodel: {name: mlp}\ndata: {name: digit}",
         [],
-        "no data source named 'digit', did you mean 'digits'?; known: arrays, digits, text, tokens",
+        "no data source named 'digit', did you mean 'digits'?; known: arrays, datasets, digits, text, tokens",
     ),
     (
         "trainer: unitrain.tasks:LanguageModel",
         [],
-        "gpt.yaml: no key 'model.name'; unitrain.tasks:LanguageModel needs one of gpt, mlp, convnet",
+        "gpt.yaml: no key 'model.name'; unitrain.tasks:LanguageModel needs one of gpt, mlp, convnet, hf",
     ),
     (
         "trainer: unitrain.tasks:LanguageModel\nmodel:\n  name: gpt\n  layer: 3",
@@ -532,7 +532,7 @@ def test_what_is_not_installed_is_told_with_the_command_that_installs_it(monkeyp
 
 
 def test_unknown_names_carry_what_is_known():
-    with pytest.raises(UnknownName, match="known: convnet, gpt, mlp"):
+    with pytest.raises(UnknownName, match="known: convnet, gpt, hf, mlp"):
         recipe_from_text("trainer: unitrain.tasks:Classification\nmodel: {name: resnet}\ndata: {name: digits}")
 
 

@@ -64,9 +64,12 @@ class Slot(NamedTuple):
         return np.frombuffer(data, ELEMENT_TYPES[self.dtype].numpy).reshape(self.shape)
 
 
-def header_bytes(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
+def header_bytes(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """Length and header of a container that holds these (key, dtype, shape) in this order."""
-    entries, end = {}, 0
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
     for key, dtype, shape in tensors:
         start, end = end, end + num_bytes(dtype, shape)
         entries[key] = {"dtype": ELEMENT_TYPES[dtype].code, "shape": shape, "data_offsets": (start, end)}

@@ -78,7 +78,7 @@ class Folder(ABC):
         if (size := self.size(name)) > most:
             raise CheckpointDamaged(f"{self.url}/{name} has {size} bytes, more than the {most} that it may have")
         with self._opened(name) as stream:
-            return stream.read(most)
+            return stream.read(size)  # not `most`: Python makes room for as much as it is asked for
 
     def record(self, name: str) -> FileRecord:
         """What a file holds now; reads all of it."""

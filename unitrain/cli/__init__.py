@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UnitrainError
-from . import launch, listing, runs
+from . import exporting, importing, launch, listing, runs, verifying
 
 app = typer.Typer(
     name="unitrain",
@@ -28,6 +28,9 @@ app.command("list")(listing.list_names)
 app.command("status")(runs.status)
 app.command("logs")(runs.logs)
 app.command("cancel")(runs.cancel)
+app.command("export")(exporting.export)
+app.command("import")(importing.import_)
+app.command("verify")(verifying.verify)
 
 
 def main() -> None:

@@ -34,7 +34,9 @@ class TextData:
     eval_path: str | tuple[str, ...] | None = key(None, "files for evaluation; null: files of `path` are held out")
     eval_fraction: float = key(0.1, "share of `path` held out for evaluation; 0: none")
     pattern: str = key("**/*", "which files of a folder, as a glob below it")
-    tokenizer: str = key(BYTES, "`bytes` (256 tokens, one a byte), or the path of a Hugging Face tokenizer.json")
+    tokenizer: str = key(
+        BYTES, "`bytes` (256 tokens, one a byte), or the path of a Hugging Face tokenizer.json or its folder"
+    )
     seq_len: int = key(128, "tokens of one sample")
     lines: bool = key(False, "each line is a document; false: each file is")
     pack: bool = key(True, "samples are windows over all documents in a row; false: one document each, cut or padded")
@@ -140,13 +142,23 @@ class PackedText(TextSource):
 
 
 class Documents(TextSource):
-    """One document a sample, cut or padded to seq_len; `weight`, float32 (rows, seq_len), is 0 on padding."""
+    """One document a sample, cut or padded to seq_len; `weight`, float32 (rows, seq_len), is 0 on padding.
 
-    def __init__(self, tokens: NDArray[Any], lengths: NDArray[np.int64], **options: Any) -> None:
+    `chosen`: numbers of the documents that are samples; None: all.
+    """
+
+    def __init__(
+        self,
+        tokens: NDArray[Any],
+        lengths: NDArray[np.int64],
+        chosen: NDArray[np.int64] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(tokens, **options)
-        whole = lengths > 1  # a document of a separator alone has nothing to predict
-        self._lengths = lengths[whole]
-        self._starts = (np.cumsum(lengths) - lengths)[whole]
+        chosen = np.arange(len(lengths)) if chosen is None else chosen
+        chosen = chosen[lengths[chosen] > 1]  # a document of a separator alone has nothing to predict
+        self._lengths = lengths[chosen]
+        self._starts = (np.cumsum(lengths) - lengths)[chosen]
 
     def __len__(self) -> int:
         return len(self._lengths)

@@ -7,6 +7,7 @@ blocks.N.mlp_norm, blocks.N.mlp.gate, .up, .down, norm, and head unless it is ti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,10 +150,16 @@ def generate(
     tokens = list(prompt)
     for _ in range(num_tokens):
         seen = torch.tensor([tokens if window is None else tokens[-window:]], device=device)
-        logits = model(seen)[0, -1].float().cpu()
+        logits = logits_of(model(seen))[0, -1].float().cpu()
         if temperature == 0:
             tokens.append(int(logits.argmax()))
         else:
             chances = torch.softmax(logits / temperature, dim=-1)
             tokens.append(int(torch.multinomial(chances, 1, generator=draws)))
     return tokens
+
+
+def logits_of(output: Any) -> Tensor:
+    """Logits of whatever a model returned: models of transformers return an object that has them."""
+    logits: Tensor = getattr(output, "logits", output)
+    return logits

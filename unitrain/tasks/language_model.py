@@ -1,4 +1,4 @@
-"""Train a GPT on text or tokens: the next token at every position."""
+"""Train a language model on text or tokens: the next token at every position."""
 
 from __future__ import annotations
 
@@ -6,39 +6,26 @@ import functools
 from collections.abc import Mapping
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .. import registry
-from ..data.source import Source
-from ..errors import RecipeError
 from ..models.config import GPT
-from ..models.gpt_torch import generate
+from ..models.gpt_torch import generate, logits_of
+from ..models.hf_config import HF
 from ..strategy import Loss
-from ..trainer import Trainer
-from .named import named_model
+from .named import NamedModel, named_model
 
 SAMPLE_PROMPT, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 32, 160, 0.8
 
 
-class LanguageModel(Trainer):
-    """`model:` is a gpt; `data:` a source of arrays tokens and targets (rows, seq_len), int64.
+class LanguageModel(NamedModel):
+    """`model:` is a gpt or hf; `data:` a source of arrays tokens and targets (rows, seq_len), int64.
 
     A source may also give weight (rows, seq_len), float32: how much each target counts, 0 for padding.
     """
 
-    def build_model(self) -> nn.Module:
-        """See Trainer."""
-        module: nn.Module = registry.resolve(self.config.modules["torch"])(self.config)
-        return module
-
-    def initial(self, name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
-        """See Trainer."""
-        return self.config.initial(name, shape, seed)
-
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
         """Cross entropy in nats, in fp32: the sum over tokens and the number of tokens."""
-        logits = model(batch["tokens"].long()).flatten(0, 1).float()
+        logits = logits_of(model(batch["tokens"].long())).flatten(0, 1).float()
         targets, weight = batch["targets"].long().flatten(), batch.get("weight")
         if weight is None:
             return Loss(nn.functional.cross_entropy(logits, targets, reduction="sum"), len(targets))
@@ -47,6 +34,10 @@ class LanguageModel(Trainer):
 
     def flops_per_sample(self) -> float | None:
         """See Trainer."""
+        return self._flops
+
+    @functools.cached_property
+    def _flops(self) -> float:
         seq_len = self._source().tokens_per_sample
         return self.config.flops_per_token(seq_len) * seq_len
 
@@ -65,25 +56,8 @@ class LanguageModel(Trainer):
             print(f"a sample, after the prompt {decode(prompt)!r}:\n{decode(tokens[len(prompt) :])}", flush=True)
 
     @functools.cached_property
-    def config(self) -> GPT:
+    def config(self) -> GPT | HF:
         """The model's options, with the vocabulary of the data. Raises RecipeError where the two do not fit."""
-        source = self._source()
-        num_tokens = getattr(source, "vocab_size", None)
-        if num_tokens is None:
-            raise RecipeError(
-                f"a language model needs tokens, and data {self.recipe.data.name!r} has none; use text or tokens"
-            )
-        options: GPT = named_model(self.recipe, GPT)
-        if source.tokens_per_sample > options.max_len:
-            raise RecipeError(
-                f"model.max_len is {options.max_len}, but the data has sequences of {source.tokens_per_sample} tokens; "
-                f"use at least {source.tokens_per_sample}, or shorter sequences"
-            )
-        return options.with_vocabulary(num_tokens)
-
-    def _source(self) -> Source:
-        """The training split, opened now where the run has not done so."""
-        if self.train_source is None:
-            self.train_source = self.build_source("train")
-        assert self.train_source is not None, "a built-in source has a training split"
-        return self.train_source
+        options: GPT | HF = named_model(self.recipe, GPT, HF, task="causal-lm")
+        self._check_tokens(options, "a language model")
+        return options.with_vocabulary(self._source().vocab_size)  # type: ignore[attr-defined]  # checked

@@ -1,0 +1,1 @@
+"""Configurations and checkpoints of others, read as data and never run."""

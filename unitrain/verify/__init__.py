@@ -1,0 +1,1 @@
+"""The same recipe on every strategy, compared."""
