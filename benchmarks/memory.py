@@ -59,7 +59,7 @@ FORMULAS: Mapping[str, Formula] = {
     "fsdp2": ZERO3,
     # Ren et al., "ZeRO-Offload" (2021): the device's weights have masters on the host.
     "zero2_offload": Formula(lambda n: (4, 0, 0), lambda n: (0, 4 / n, 12 / n)),
-    "zero3_offload": Formula(lambda n: (0, 0, 0), lambda n: (4 / n, 4 / n, 12 / n)),
+    "zero3_offload": Formula(lambda n: (0, 0, 0), lambda n: (4 / n, 4 / n, 8 / n)),
 }
 
 

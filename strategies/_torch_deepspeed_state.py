@@ -89,6 +89,11 @@ class Partitions(ABC):
     def clear_gradients(self) -> None:
         """Forget the last update's gradients, which would stay where a parameter gets none in the next."""
 
+    def _share(self, working: Tensor, master: Tensor) -> None:
+        """Let a master lie where the weights it is copied to lie: of the same precision they are the same numbers."""
+        if master.numel() and (working.dtype, working.device) == (master.dtype, master.device):
+            master.data = working.data
+
     def before_step(self) -> None:  # noqa: B027 - most need nothing
         """Called when all gradients are there, before DeepSpeed moves parameters."""
 
@@ -135,6 +140,14 @@ class Partitions(ABC):
 class ReplicatedWeights(Partitions):
     """ZeRO-1 and 2: whole weights on every rank; masters and moments partitioned by parameter group."""
 
+    def __init__(self, zero: Any, names: Mapping[nn.Parameter, str]) -> None:
+        super().__init__(zero, names)
+        if not zero.cpu_offload:
+            for number, master in enumerate(zero.single_partition_of_fp32_groups):
+                rank = dist.get_rank(zero.real_dp_process_group[number])
+                self._share(zero.parallel_partitioned_bit16_groups[number][rank], master)
+            zero._link_all_hp_params()  # it had remembered where the masters lay before
+
     def groups(self, *, writing: bool = False) -> Iterator[Group]:
         """See Partitions."""
         zero = self.zero
@@ -172,6 +185,15 @@ class PartitionedWeights(Partitions):
 
     def __init__(self, zero: Any, names: Mapping[nn.Parameter, str]) -> None:
         super().__init__(zero, names)
+        start = 0
+        for number, master in enumerate(zero.fp32_partitioned_groups_flat):
+            size = zero.fp16_partitioned_groups_flat_numel[number]
+            if not zero._swappable_optimizer_subgroup(number):
+                if (working := zero.fp16_partitioned_groups_flat[number]) is not None:
+                    self._share(working, master)
+                if master.grad is not None:
+                    self._share(zero.grad_partitions_flat_buffer.narrow(0, start, size), master.grad)
+            start += size
         if zero.swap_optimizer:
             zero.optimizer_swapper.swap_out_gradients = lambda **gradients: None
 
