@@ -14,7 +14,7 @@ from typing import Any
 
 from unitrain.recipe_file import recipe_from_text
 from unitrain.run import Run
-from unitrain.trainer import Result
+from unitrain.trainer import Result, Trainer
 from unitrain.trainer_path import resolve_trainer
 
 COMMAND = Path(sys.executable).with_name("unitrain")
@@ -88,8 +88,15 @@ def resume(folder: Path, shape: str, *overrides: str) -> Ended:
 
 def fit(recipe: str, folder: Path, *overrides: str, strategy: str = "single") -> Result:
     """Train on one rank, in this very process; goes on where the folder holds a checkpoint."""
+    return fit_by(None, recipe, folder, *overrides, strategy=strategy)
+
+
+def fit_by(
+    trainer: type[Trainer] | None, recipe: str, folder: Path, *overrides: str, strategy: str = "single"
+) -> Result:
+    """The same with a trainer of the test's own; None: the recipe's."""
     loaded = recipe_from_text(recipe, overrides=[f"strategy={{name: {strategy}}}", *overrides])
-    return resolve_trainer(loaded.trainer)(loaded, run_dir=folder).fit()
+    return (trainer or resolve_trainer(loaded.trainer))(loaded, run_dir=folder).fit()
 
 
 def curve(recipe: str, folder: Path, shape: str, *overrides: str) -> list[float]:

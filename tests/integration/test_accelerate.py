@@ -136,6 +136,6 @@ def test_closing_forgets_the_ranks(tmp_path: Path) -> None:
 
 
 def test_two_runs_of_one_process_do_not_meet(tmp_path: Path) -> None:
-    first = runs.fit(Rows, runs.ROWS, tmp_path / "one", "train.steps=3", strategy="accelerate")
-    second = runs.fit(Rows, runs.ROWS, tmp_path / "two", "train.steps=3", strategy="accelerate")
+    first = runs.fit_by(Rows, runs.ROWS, tmp_path / "one", "train.steps=3", strategy="accelerate")
+    second = runs.fit_by(Rows, runs.ROWS, tmp_path / "two", "train.steps=3", strategy="accelerate")
     assert first.metrics["loss"] == second.metrics["loss"]

@@ -26,7 +26,7 @@ from unitrain.tasks import LanguageModel
 
 sys.path.insert(0, str(Path(__file__).parent))  # the ranks import these modules by these names too
 from hf_ranks import PROBE, Language, train_all
-from runs import copied, fit, losses, unitrain
+from runs import copied, fit_by, losses, unitrain
 
 RANKS = Path(__file__).with_name("hf_ranks.py")
 SIZES = "hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4, vocab_size: 64"
@@ -218,8 +218,8 @@ def test_exported_adapters_load_in_peft_and_merge_to_the_same(
 
 def test_resuming_adapters_changes_no_bit(adapters: Mapping[str, str], tmp_path: Path) -> None:
     text = adapters["lora-llama"].replace("every: 3", "every: 1")
-    fit(Language, text, tmp_path / "whole")
-    fit(Language, text, copied(tmp_path / "whole", tmp_path / "again", up_to=2))
+    fit_by(Language, text, tmp_path / "whole")
+    fit_by(Language, text, copied(tmp_path / "whole", tmp_path / "again", up_to=2))
     assert losses(tmp_path / "again") == losses(tmp_path / "whole")
     assert told(tmp_path / "again")["ended"] == told(tmp_path / "whole")["ended"]
 
@@ -228,13 +228,13 @@ def test_adapters_refuse_another_base(adapters: Mapping[str, str], alone: Path, 
     base = tmp_path / "base"
     shutil.copytree(inputs / "base-llama", base)
     text = adapters["lora-llama"].replace(str(inputs / "base-llama"), str(base))
-    fit(Language, text, tmp_path / "run")
+    fit_by(Language, text, tmp_path / "run")
     weights = base / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-100:] = bytes(100)  # another training of the same model: sizes and names are equal
     weights.write_bytes(data)
     with pytest.raises(CheckpointMismatch, match="base model was "):
-        fit(Language, text, tmp_path / "run", "train.steps=4")
+        fit_by(Language, text, tmp_path / "run", "train.steps=4")
     with pytest.raises(CheckpointMismatch, match="the adapters were trained on the base model"):
         export(Run(tmp_path / "run"), tmp_path / "out")
 
@@ -250,7 +250,7 @@ def test_our_own_gpt_leaves_as_a_llama(tmp_path: Path) -> None:
             "train: {steps: 2, global_batch: 4, eval_every: 0}\n"
         )
         run = tmp_path / f"gpt-{tied}"
-        fit(Language, text, run)
+        fit_by(Language, text, run)
         export(Run(run), run / "out")
         assert_says_the_same(AUTO["causal-lm"].from_pretrained(run / "out"), run)
 
@@ -283,7 +283,7 @@ def test_an_export_holds_a_few_rows_in_memory_and_never_the_model(tmp_path: Path
         "train: {steps: 1, global_batch: 1, eval_every: 0}\n"
     )
     quiet = type("Quiet", (LanguageModel,), {"finish": lambda self: None})
-    run = Run(fit(quiet, text, tmp_path / "run").run_dir)
+    run = Run(fit_by(quiet, text, tmp_path / "run").run_dir)
     export(run, tmp_path / "first")  # what is imported and cached is no part of the measure
     tracemalloc.start()
     try:
