@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
 # What no wheel gives is built for this torch: minutes the first time, seconds from the user's caches later.
-	$(BIN)/python -m unitrain.build horovod
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m unitrain.build horovod --mpi
 	$(BIN)/python -m unitrain.build deepspeed
 	@touch $@
 

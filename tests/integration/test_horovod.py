@@ -27,9 +27,11 @@ from unitrain.testing.contract import read_state
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("horovod") is None, reason="needs Horovod: python -m unitrain.build horovod"
 )
-needs_mpirun = pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun on PATH")
+# pip puts it beside Python, which need not be on PATH
+FOUND = shutil.which("mpirun", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
+needs_mpirun = pytest.mark.skipif(FOUND is None, reason="needs mpirun: pip install 'unitrain[mpi]'")
 needs_mpi = pytest.mark.skipif(
-    shutil.which("mpirun") is None or not _torch_refusals.horovod_has_mpi(),
+    FOUND is None or not _torch_refusals.horovod_has_mpi(),
     reason="needs mpirun, and Horovod with MPI: python -m unitrain.build horovod --mpi",
 )
 
@@ -45,7 +47,7 @@ strategy: {{name: horovod}}
 """
 UNITRAIN = Path(sys.executable).with_name("unitrain")
 HOROVODRUN = (Path(sys.executable).with_name("horovodrun"), "-np", "2", "--gloo")
-MPIRUN = ("mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2")
+MPIRUN = (str(FOUND), "--allow-run-as-root", "--oversubscribe", "-np", "2")
 WORKER = (sys.executable, "-m", "unitrain.worker")
 SECONDS_TO_NOTICE = 20  # a dead rank, on a busy machine
 

@@ -31,7 +31,8 @@ TOOLS = ("setuptools", "wheel", "cffi")  # what its setup.py wants
 NEEDS = ("cloudpickle", "packaging", "psutil", "pyyaml")  # what it imports
 # The last -std wins: Horovod says 14 and gloo 11. Debug information would be 60 of 62 MB. gloo misses an include
 # that older compilers brought along.
-FLAGS = "-std=c++17 -g0 -include cstdint"
+# The path is from horovod/torch to the lib of its environment, where pip puts an MPI: the wheel then serves others.
+FLAGS = "-std=c++17 -g0 -include cstdint '-Wl,-rpath,$ORIGIN/../../../..'"
 PROBE = "import horovod.torch as hvd; print('gloo' * hvd.gloo_built(), 'mpi' * hvd.mpi_built())"
 LAST_LINES = 25  # of the compiler's output, shown where it fails
 
