@@ -19,6 +19,7 @@ from ..errors import ExitCode
 from ..world import LOOPBACK
 from .job import AgentJob
 from .logs import GrowingFile, attempt_number, new_attempt, rank_log
+from .noise import NoiseFilter
 from .rank import RankStart
 from .records import EXIT, append_event, hostname, write_agent, write_exit
 from .report import Failure, failure_block, failure_exit_code, first_failure, next_command
@@ -82,6 +83,7 @@ class Agent:
         self._signal: int | None = None  # the first that asked us to stop
         self._stopped_at: float | None = None  # when the ranks were told to stop
         self._killed = False
+        self._noise = NoiseFilter()
         self._quiet_from: float = math.inf  # where rank 0's own account of its failure begins in its log
 
     def run(self, choose: Callable[[Path], Sequence[Starter]]) -> int:
@@ -157,7 +159,7 @@ class Agent:
         for rank in self._ranks.values():
             for message in rank.messages():
                 self._on_message(rank, message)
-        self.screen.text(self._first_log.read(min(written, self._quiet_from)))
+        self.screen.text(self._noise.without_noise(self._first_log.read(min(written, self._quiet_from))))
         for event in news:
             self._on_news(event)
         self._stop_if_due()
@@ -261,6 +263,7 @@ class Agent:
             words = f"preempted after a save; {next_command(self.run_dir)}"
         append_event(self.run_dir, "stop", exit_code=code)
         write_exit(self.run_dir, code, attempt=attempt_number(self._attempt), **facts)
+        self.screen.text(self._noise.rest())
         self.screen.close()
         if words:
             say(words)
