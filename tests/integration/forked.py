@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 from unitrain import registry
 from unitrain.agent.rank import die_with, write_to
 
-RANK_SECONDS, TASK_SECONDS = 240, 800
+RANK_SECONDS, TASK_SECONDS = 900, 1500
 MOST_SHAPES = 8  # of one process
 OWN_THREADS = Path("/proc/self/task")
 
