@@ -7,6 +7,7 @@ call a function `part(folder, act, shape)` of the test, whose result it writes d
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import gc
 import importlib
 import json
@@ -120,6 +121,8 @@ def _become(task: dict[str, Any], shape: Shape, rank: int, port: int, parent: in
     try:
         die_with(parent, signal.SIGKILL)
         signal.alarm(RANK_SECONDS)
+        faulthandler.enable()  # the log says where a rank crashed, or for what it waited in vain
+        faulthandler.dump_traceback_later(RANK_SECONDS * 0.95)
         folder, act = Path(task["folder"]), task["act"]
         write_to(str(folder / f"{act}-{shape}-{rank}.log"))
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(shape.ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
