@@ -130,7 +130,9 @@ class JaxEngine(Engine):
         factor = jnp.minimum(clip / (norm + 1e-6), 1.0) * inverse
         grads = [grad * factor for grad in sums.grads]
         trained = [values[number] for number in self.trained]
-        moved, moments = self.optimizer.apply(trained, grads, moments, lr, skip)
+        # A parameter that the loss does not depend on stays as it is, moments and count too.
+        skips = [skip if reached else jnp.bool_(True) for reached in self.passes.reached[loss]]
+        moved, moments = self.optimizer.apply(trained, grads, moments, lr, skips)
         new = list(values)
         for number, value in zip(self.trained, moved, strict=True):
             new[number] = value

@@ -41,9 +41,9 @@ class Optimizer(ABC):
 
     @abstractmethod
     def apply(
-        self, params: list[Array], grads: list[Array], state: State, lr: Array, skip: Array
+        self, params: list[Array], grads: list[Array], state: State, lr: Array, skips: list[Array]
     ) -> tuple[list[Array], State]:
-        """Parameters and state after one update; the same bits as before where `skip` is true. Pure."""
+        """Parameters and state after one update; those whose `skips` is true have the same bits as before. Pure."""
 
     @abstractmethod
     def slots(self) -> list[Slot]:
@@ -63,7 +63,7 @@ class AdamW(Optimizer):
         return {"m": m, "step": jnp.zeros(len(params), jnp.float32), "v": v}
 
     def apply(
-        self, params: list[Array], grads: list[Array], state: State, lr: Array, skip: Array
+        self, params: list[Array], grads: list[Array], state: State, lr: Array, skips: list[Array]
     ) -> tuple[list[Array], State]:
         """See Optimizer."""
         beta1, beta2 = self.recipe.betas
@@ -71,15 +71,15 @@ class AdamW(Optimizer):
         # 1 - beta ** step, which fp32 would round to few digits where beta is near 1
         corrected1, corrected2 = (-jnp.expm1(step * _log(beta)) for beta in (beta1, beta2))
         after: tuple[list[Array], list[Array], list[Array]] = ([], [], [])
-        rows = zip(params, grads, state["m"], state["v"], self.decays, strict=True)
-        for number, (param, grad, old_m, old_v, decay) in enumerate(rows):
+        rows = zip(params, grads, state["m"], state["v"], self.decays, skips, strict=True)
+        for number, (param, grad, old_m, old_v, decay, skip) in enumerate(rows):
             m = _less(old_m, (1 - beta1) * (old_m - grad), skip)
             v = _less(old_v, (1 - beta2) * (old_v - grad * grad), skip)
             spread = jnp.sqrt(v / corrected2[number]) + self.recipe.eps
             moved = _less(param, lr * decay * param + lr / corrected1[number] * (m / spread), skip)
             for values, value in zip(after, (moved, m, v), strict=True):
                 values.append(value)
-        return after[0], {"m": after[1], "step": jnp.where(skip, state["step"], step), "v": after[2]}
+        return after[0], {"m": after[1], "step": jnp.where(jnp.stack(skips), state["step"], step), "v": after[2]}
 
     def slots(self) -> list[Slot]:
         """See Optimizer."""
@@ -104,14 +104,15 @@ class SGD(Optimizer):
         return [jnp.zeros_like(param) for param in params] if self.recipe.momentum else []
 
     def apply(
-        self, params: list[Array], grads: list[Array], state: State, lr: Array, skip: Array
+        self, params: list[Array], grads: list[Array], state: State, lr: Array, skips: list[Array]
     ) -> tuple[list[Array], State]:
         """See Optimizer."""
         grads = [grad + decay * param for param, grad, decay in zip(params, grads, self.decays, strict=True)]
         rate = self.recipe.momentum
         if rate:
-            grads = state = [_less(old, (1 - rate) * old - grad, skip) for old, grad in zip(state, grads, strict=True)]
-        return [_less(param, lr * grad, skip) for param, grad in zip(params, grads, strict=True)], state
+            rows = zip(state, grads, skips, strict=True)
+            grads = state = [_less(old, (1 - rate) * old - grad, skip) for old, grad, skip in rows]
+        return [_less(*row) for row in zip(params, [lr * grad for grad in grads], skips, strict=True)], state
 
     def slots(self) -> list[Slot]:
         """See Optimizer."""
@@ -123,7 +124,8 @@ class SGD(Optimizer):
 class Foreign(Optimizer):
     """Any optax.GradientTransformation that a Role's function made of {canonical name: parameter}.
 
-    Its updates are scaled by the schedule, as if it did so with the learning rate that it was made with.
+    Its updates are scaled by the schedule, as if it did so with the learning rate that it was made with. Where a loss
+    does not depend on a parameter, the transformation sees a zero gradient of it, and the parameter stays as it is.
     """
 
     def __init__(
@@ -145,14 +147,15 @@ class Foreign(Optimizer):
         return self.made.init(dict(zip(self.names, params, strict=True)))
 
     def apply(
-        self, params: list[Array], grads: list[Array], state: State, lr: Array, skip: Array
+        self, params: list[Array], grads: list[Array], state: State, lr: Array, skips: list[Array]
     ) -> tuple[list[Array], State]:
         """See Optimizer."""
         named = dict(zip(self.names, params, strict=True))
         updates, after = self.made.update(dict(zip(self.names, grads, strict=True)), state, named)
         scale = lr / self.top_lr if self.top_lr else 1.0
-        moved = [_less(param, -scale * updates[name], skip) for name, param in named.items()]
-        return moved, jax.tree.map(functools.partial(jnp.where, skip), state, after)
+        rows = zip(named.items(), skips, strict=True)
+        moved = [_less(param, -scale * updates[name], skip) for (name, param), skip in rows]
+        return moved, jax.tree.map(functools.partial(jnp.where, jnp.all(jnp.stack(skips))), state, after)
 
     def slots(self) -> list[Slot]:
         """See Optimizer. Kinds are `optim.<place in optax's state>`; what belongs to no parameter is named `*`."""

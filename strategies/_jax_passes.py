@@ -18,8 +18,9 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from unitrain.losses import as_loss, check_parts
 from unitrain.strategies._jax_batch import Group
-from unitrain.strategies._jax_losses import as_loss, check_leads_to_parameters, pair
+from unitrain.strategies._jax_losses import ARRAYS, pair, reached_by
 from unitrain.strategies._jax_mesh import ROWS, DeviceMesh
 from unitrain.strategies._jax_model import Definition
 from unitrain.strategy import LossFunction
@@ -57,14 +58,14 @@ class Passes:
         variables = definition.variables
         self.trained = [number for number, variable in enumerate(variables) if variable.trained]
         self.buffers = [number for number, variable in enumerate(variables) if variable.kind == "buffer"]
-        self.known: set[str] = set()  # losses that have returned what they should
+        self.reached: dict[str, list[bool]] = {}  # loss -> whether it depends on each trained variable, once traced
         self.around = _remat(gathers=mesh.sizes.fsdp > 1, asked=remat and not definition.remat_by_model)
 
     def train(self, loss: str, values: Sequence[Array], groups: Sequence[Group], others: Others) -> Sums:
         """Gradients and sums of one update."""
 
         def on_shard(values: list[Array], groups: Sequence[Group], others: list[list[Array]], shard: Array) -> Sums:
-            reached = _reached(self, others_of, others)
+            reached = _reached(others_of, others)
             grads = [jnp.zeros_like(values[number]) for number in self.trained]
             buffers = [values[number] for number in self.buffers]
             measured = []
@@ -91,7 +92,7 @@ class Passes:
 
         def on_shard(values: list[Array], groups: Sequence[Group], others: list[list[Array]], shard: Array) -> Any:
             del shard
-            reached = _reached(self, others_of, others)
+            reached = _reached(others_of, others)
             whole = [self._whole(number, value) for number, value in enumerate(values)]
 
             def one(carry: None, rows: dict[str, Array], facts: Array) -> Any:
@@ -150,9 +151,8 @@ class Passes:
             return totals[0], (totals, metrics, after)
 
         trained = [values[number] for number in self.trained]
-        if loss not in self.known:
-            check_leads_to_parameters(lambda trained: total(trained)[0], trained, loss)
-            self.known.add(loss)
+        if loss not in self.reached:
+            self.reached[loss] = reached_by(lambda trained: total(trained)[0], trained, loss)
         found, (totals, metrics, after) = jax.grad(self.around(total), has_aux=True)(trained)
         grads = [old + new for old, new in zip(grads, found, strict=True)]
         return (grads, after), (totals, metrics)
@@ -164,7 +164,8 @@ class Passes:
         with _tracing({**reached, self: whole}):
             function = self.losses[name]
             found, after = self.definition.run(lambda model: function(model, rows), whole, facts[:2], training=training)
-        loss = as_loss(found, len(next(iter(rows.values()))), name)
+        loss = as_loss(found, len(next(iter(rows.values()))), name, ARRAYS)
+        check_parts(loss, name, ARRAYS)
         counts = facts[2].astype(jnp.float32)
         metrics = {key: pair(*value) * counts for key, value in loss.metrics.items()}
         variables = self.definition.variables
@@ -217,9 +218,8 @@ def _tracing(reached: Reached) -> Iterator[None]:
         _TRACED.reset(token)
 
 
-def _reached(own: Passes, others: Sequence[Passes], values: Sequence[Sequence[Array]]) -> Reached:
+def _reached(others: Sequence[Passes], values: Sequence[Sequence[Array]]) -> Reached:
     """Whole values of the others. XLA leaves out what the loss does not ask for."""
-    del own
     return {
         passes: [passes._whole(number, value) for number, value in enumerate(cut)]
         for passes, cut in zip(others, values, strict=True)

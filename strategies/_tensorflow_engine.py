@@ -7,7 +7,6 @@ ranks, clipped, checked and applied. It is traced once for each loss and set of 
 from __future__ import annotations
 
 import itertools
-import numbers
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from unitrain.batch import Batch, MicroBatch
 from unitrain.errors import UnitrainError, UserError
+from unitrain.losses import ArrayKind, as_loss, check_parts
 from unitrain.models.state_keras import seed_values
 from unitrain.recipe import Recipe
 from unitrain.strategies._tensorflow_models import Bound
@@ -27,7 +27,6 @@ from unitrain.strategy import (
     Engine,
     HyperParameters,
     LoadReport,
-    Loss,
     LossFunction,
     Metrics,
     Role,
@@ -37,6 +36,7 @@ from unitrain.strategy import (
 )
 
 Arrays = Mapping[str, Any]
+TENSORS = ArrayKind("Tensor", tf.is_tensor)
 
 
 class TensorFlowStepOut(StepOut):
@@ -263,8 +263,8 @@ class Pass:
         for number, state in enumerate(self.bound.seeds):
             state.assign(tf.cast(seeds[number], state.dtype))
         rows = next(iter(arrays.values())).shape[0]
-        loss = as_loss(self.function(self.bound.model, arrays), rows, self.name)
-        check_parts(loss, self.name)
+        loss = as_loss(self.function(self.bound.model, arrays), rows, self.name, TENSORS)
+        check_parts(loss, self.name, TENSORS)
         self.metrics = sorted(loss.metrics)
         pairs = [(loss.sum, loss.weight), *(loss.metrics[name] for name in self.metrics)]
         flat = [tf.cast(amount, tf.float32) for pair in pairs for amount in pair]
@@ -291,41 +291,6 @@ def _converted(function: LossFunction) -> LossFunction:
             raise error.ag_error_metadata.to_exception(error) from None
 
     return told
-
-
-def as_loss(found: Any, rows: int, name: str) -> Loss:
-    """What a loss function returned, as (sum, weight): a plain scalar is a mean over the rows it saw."""
-    loss = found
-    if tf.is_tensor(found) and found.shape.rank == 0:
-        loss = Loss(found * tf.cast(rows, found.dtype), rows)
-    if not isinstance(loss, Loss) or not tf.is_tensor(loss.sum) or loss.sum.shape.rank != 0:
-        shape = f" of shape {tuple(found.shape)}" if tf.is_tensor(found) else ""
-        raise UserError(
-            f"the loss function {name!r} returned a {type(found).__name__}{shape}; return a scalar tensor (the mean "
-            "over its rows) or unitrain.Loss(sum, weight) with a scalar sum"
-        )
-    return loss
-
-
-def check_parts(loss: Loss, name: str) -> None:
-    """Raise UserError for a weight or metrics that cannot be summed, or metrics with names that are taken."""
-    amounts: dict[str, Any] = {"weight": loss.weight}
-    for key, pair in loss.metrics.items():
-        if key in ("loss", "weight", "grad_norm", "applied"):
-            raise UserError(
-                f"the loss function {name!r} returned a metric named {key!r}, which every step has already; rename it"
-            )
-        if not isinstance(pair, tuple) or len(pair) != 2:
-            raise UserError(
-                f"the loss function {name!r} returned the metric {key!r} as a {type(pair).__name__}; return the pair "
-                "(sum, weight)"
-            )
-        amounts[f"sum of the metric {key!r}"], amounts[f"weight of the metric {key!r}"] = pair
-    for what, amount in amounts.items():
-        scalar = amount.shape.rank == 0 if tf.is_tensor(amount) else isinstance(amount, numbers.Real)
-        if not scalar:
-            shape = f" of shape {tuple(amount.shape)}" if tf.is_tensor(amount) else f", a {type(amount).__name__}"
-            raise UserError(f"the loss function {name!r} returned a {what}{shape}; return a scalar")
 
 
 class _Kind(NamedTuple):

@@ -6,7 +6,6 @@ A strategy builds a model and says how its ranks share it (`Sharing`); everythin
 from __future__ import annotations
 
 import contextlib
-import numbers
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from unitrain.batch import Batch, MicroBatch
 from unitrain.cursor import rank_rows
 from unitrain.digest import box_digest
 from unitrain.errors import CheckpointMismatch, UserError
+from unitrain.losses import ArrayKind, as_loss, check_parts
 from unitrain.recipe import Recipe
 from unitrain.strategies._torch_optimizer import Optimizer, make_optimizer
 from unitrain.strategies._torch_ranks import Ranks
@@ -26,7 +26,6 @@ from unitrain.strategy import (
     Engine,
     HyperParameters,
     LoadReport,
-    Loss,
     LossFunction,
     Metrics,
     Role,
@@ -36,6 +35,7 @@ from unitrain.strategy import (
 )
 
 COMPUTE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+TENSORS = ArrayKind("Tensor", lambda value: isinstance(value, Tensor))
 FP16_FIRST_SCALE, FP16_GROWTH_STEPS = 2.0**16, 2000  # torch.amp.GradScaler's
 
 
@@ -117,9 +117,9 @@ class LossModule(nn.Module):
         """Loss sum, [sum, weight] in fp32 detached, and each metric's [sum, weight]."""
         with _autocast(self.device_type, self.compute):
             found = self.functions[name](self.model, micro.arrays)
-        loss = as_loss(found, micro.rows, name)
+        loss = as_loss(found, micro.rows, name, TENSORS)
         if name not in self.known:
-            check_parts(loss, name)
+            check_parts(loss, name, TENSORS)
             self.known.add(name)
         total = loss.sum.float()
         pair = _pair(total, loss.weight, total)
@@ -386,40 +386,6 @@ class Place(NamedTuple):
     data: Tensor  # this rank's part, live
     shape: tuple[int, ...]  # of the whole
     offset: tuple[int, ...] | None  # of `data` in the whole; None: every rank holds the whole
-
-
-def as_loss(found: Any, rows: int, name: str) -> Loss:
-    """What a loss function returned, as (sum, weight): a plain scalar is a mean over the rows it saw."""
-    loss = found
-    if isinstance(found, Tensor) and found.ndim == 0:
-        loss = Loss(found * rows, rows)
-    if not isinstance(loss, Loss) or not isinstance(loss.sum, Tensor) or loss.sum.ndim:
-        shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
-        raise UserError(
-            f"the loss function {name!r} returned a {type(found).__name__}{shape}; return a scalar tensor (the mean "
-            "over its rows) or unitrain.Loss(sum, weight) with a scalar sum"
-        )
-    return loss
-
-
-def check_parts(loss: Loss, name: str) -> None:
-    """Raise UserError for a weight or metrics that cannot be summed, or metrics with names that are taken."""
-    amounts: dict[str, Any] = {"weight": loss.weight}
-    for key, pair in loss.metrics.items():
-        if key in ("loss", "weight", "grad_norm", "applied"):
-            raise UserError(
-                f"the loss function {name!r} returned a metric named {key!r}, which every step has already; rename it"
-            )
-        if not isinstance(pair, tuple) or len(pair) != 2:
-            raise UserError(
-                f"the loss function {name!r} returned the metric {key!r} as a {type(pair).__name__}; return the pair "
-                "(sum, weight)"
-            )
-        amounts[f"sum of the metric {key!r}"], amounts[f"weight of the metric {key!r}"] = pair
-    for what, amount in amounts.items():
-        if (isinstance(amount, Tensor) and amount.ndim) or not isinstance(amount, Tensor | numbers.Real):
-            shape = f" of shape {tuple(amount.shape)}" if isinstance(amount, Tensor) else f", a {type(amount).__name__}"
-            raise UserError(f"the loss function {name!r} returned a {what}{shape}; return a scalar")
 
 
 def norm_of(grads: list[Tensor]) -> Tensor:

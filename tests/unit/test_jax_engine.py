@@ -101,6 +101,25 @@ def state(engine: JaxEngine) -> dict[tuple[str, str], Any]:
     return {(shard.kind, shard.name): np.array(shard.data) for shard in engine.shards()}
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        OptimizerRecipe(lr=1e-2, weight_decay=0.5),
+        OptimizerRecipe(name="sgd", lr=1e-2, momentum=0.9, weight_decay=0.5),
+        lambda params: optax.adamw(1e-2, weight_decay=0.5),
+    ],
+    ids=["adamw", "sgd", "optax"],
+)
+def test_a_parameter_that_a_loss_does_not_depend_on_stays_as_it_is(bind: Bind, optimizer: Any) -> None:
+    engine = bind(optimizer=optimizer)
+    before = state(engine)
+    for step in range(2):
+        assert engine.update(batch(step=step), HP).read()["applied"] == 1
+    after = state(engine)
+    assert after["param", "unused"].tobytes() == before["param", "unused"].tobytes()
+    assert not np.array_equal(after["param", "last.bias"], before["param", "last.bias"])
+
+
 def test_micro_batches_and_fillers_change_nothing(bind: Bind) -> None:
     whole, cut = bind(), bind()
     for step in range(3):
@@ -119,7 +138,7 @@ def test_a_checkpoint_has_params_buffers_and_moments_and_nothing_else(bind: Bind
     found = state(engine)
     assert set(found) == wanted | {("buffer", "mean")}
     np.testing.assert_allclose(found["buffer", "mean"], 0.5 * ROWS["x"].mean(axis=0), rtol=1e-5)
-    assert found["adamw.step", "unused"] == 1
+    assert (found["adamw.step", "unused"], found["adamw.step", "last.bias"]) == (0, 1)
 
 
 def test_evaluation_and_calls_change_nothing_and_are_in_evaluation_mode(bind: Bind) -> None:
@@ -216,9 +235,9 @@ def pair_of(values: Any) -> Callable[[], Any]:
 @pytest.mark.parametrize(
     ("loss", "told"),
     [
-        (lambda model, rows: model(rows["x"]), r"returned a jax.Array of shape \(5, 2\); return a scalar array"),
-        (lambda model, rows: 3.0, "returned a float; return a scalar array"),
-        (lambda model, rows: Loss(3.0, 1), "returned a Loss; return a scalar array"),
+        (lambda model, rows: model(rows["x"]), r"returned a jax.Array of shape \(5, 2\); return a scalar tensor"),
+        (lambda model, rows: 3.0, "returned a float; return a scalar tensor"),
+        (lambda model, rows: Loss(3.0, 1), "returned a Loss; return a scalar tensor"),
         (lambda model, rows: Loss(model(rows["x"]).sum(), rows["x"][0]), r"returned a weight of shape \(4,\)"),
         (lambda model, rows: Loss(model(rows["x"]).sum(), "many"), "returned a weight, a str; return a scalar"),
         (lambda model, rows: Loss(model(rows["x"]).sum(), 1, {"loss": (1, 1)}), "a metric named 'loss', which every"),

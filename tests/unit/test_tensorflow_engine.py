@@ -192,7 +192,7 @@ def test_a_non_finite_gradient_changes_nothing_but_is_told() -> None:
 @pytest.mark.parametrize(
     ("returned", "said"),
     [
-        (lambda model, found: model(found["x"]), "returned a SymbolicTensor of shape (12, 2); return a scalar tensor"),
+        (lambda model, found: model(found["x"]), "returned a Tensor of shape (12, 2); return a scalar tensor"),
         (lambda model, found: 3.0, "returned a float; return a scalar tensor"),
         (lambda model, found: Loss(tf.reduce_sum(model(found["x"])), found["x"]), "a weight of shape (12, 4)"),
         (
