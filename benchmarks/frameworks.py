@@ -195,9 +195,9 @@ class _ByHand(Loop):
             self.number += 1
         return [float(loss) for loss in losses]
 
+    @abstractmethod
     def step(self, batch: Mapping[str, Any]) -> Any:
         """One update; its mean loss, not waited for."""
-        raise NotImplementedError
 
     def close(self) -> None:
         self.feed.close()

@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ranks import read_case, run_ranks, write_found
 from report import Machine, facts_in_words, table, write
 
 from unitrain import World, registry
@@ -98,45 +95,20 @@ def main() -> int:
 
 def run_case(strategy: str, ranks: int) -> dict[str, Any]:
     """One row, from ranks that our own agent starts."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        entry = registry.entry("strategies", strategy)
-        job = {
-            "run_id": f"{strategy}-{ranks}",
-            "launcher": "local",
-            "nodes": 1,
-            "nproc": ranks,
-            "preload": list(entry.preload),
-            "fork": entry.fork,
-            "options": {"entry": "memory:measure"},
-        }
-        (folder / "job.json").write_text(json.dumps(job))
-        (folder / "case.json").write_text(json.dumps({"strategy": strategy, "ranks": ranks}))
-        done = subprocess.run(
-            [sys.executable, "-m", "unitrain.agent", str(folder)],
-            cwd=HERE,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=SECONDS,
-            check=False,
-        )
-        if done.returncode:
-            raise SystemExit(f"{strategy} on {ranks} ranks failed:\n{done.stderr}")
-        found = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
-    return {"strategy": strategy, "ranks": ranks, **max(found, key=lambda held: sum(held["device"] + held["host"]))}
+    case = {"strategy": strategy, "ranks": ranks}
+    found = run_ranks("memory:measure", case, strategy=strategy, ranks=ranks, timeout_seconds=SECONDS)
+    return {**case, **max(found, key=lambda held: sum(held["device"] + held["host"]))}
 
 
 def measure(arguments: list[str]) -> int:
     """One rank's part: two updates, and what is alive in the second one."""
     folder = Path(arguments[0])
-    case, world = json.loads((folder / "case.json").read_text()), World.from_environment()
+    case, world = read_case(folder), World.from_environment()
     recipe = _recipe(case["strategy"], case["ranks"])
     strategy = registry.load("strategies", case["strategy"])(recipe)
     strategy.open(world)
     found = _measured(strategy, recipe, world)
-    (folder / f"rank-{world.rank}.json").write_text(json.dumps(found))
+    write_found(folder, world.rank, found)
     strategy.barrier()
     strategy.close()
     return 0

@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ranks import read_case, run_ranks, write_found
 from report import Machine, facts_in_words, ratio, table, write
 
-from unitrain import World, registry
+from unitrain import World
 from unitrain.world import STARTERS
 
 HERE = Path(__file__).parent
@@ -87,47 +85,26 @@ def main() -> int:
 
 def run_case(case: Case) -> list[dict[str, Any]]:
     """One row for each loop, from ranks that our own agent starts."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        (folder / "case.json").write_text(json.dumps(asdict(case)))
-        entry = registry.entry("strategies", case.strategy)
-        job = {
-            "run_id": f"{case.size}-{case.strategy}",
-            "launcher": "local",
-            "nodes": 1,
-            "nproc": RANKS[case.strategy],
-            "preload": list(entry.preload),
-            "fork": entry.fork,
-            "options": {"entry": "step:measure"},
-        }
-        (folder / "job.json").write_text(json.dumps(job))
-        environ = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "unitrain.agent", str(folder)]
-        done = subprocess.run(
-            command,
-            cwd=HERE,
-            env={**os.environ, **environ},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=TIMEOUT_SECONDS,
-            check=False,
-        )
-        if done.returncode:
-            raise SystemExit(f"{case.size} {case.strategy} failed:\n{done.stderr}")
-        ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(RANKS[case.strategy])]
+    ranks = run_ranks(
+        "step:measure",
+        asdict(case),
+        strategy=case.strategy,
+        ranks=RANKS[case.strategy],
+        timeout_seconds=TIMEOUT_SECONDS,
+        PYTHONHASHSEED="0",
+    )
     return [_row(case, name, ranks) for name in ranks[0]]
 
 
 def measure(arguments: list[str]) -> int:
     """One rank's part: run every loop, write down what it gave and what it took."""
     folder = Path(arguments[0])
-    case, world = Case(**json.loads((folder / "case.json").read_text())), World.from_environment()
+    case, world = Case(**read_case(folder)), World.from_environment()
     if world.size == 1:
         for name in STARTERS["torchrun"].values():
             os.environ.pop(name, None)  # else Accelerate would wrap one rank for several
     found = _measured(case, world, folder)
-    (folder / f"rank-{world.rank}.json").write_text(json.dumps(found))
+    write_found(folder, world.rank, found)
     return 0
 
 

@@ -7,23 +7,20 @@ import contextlib
 import ctypes
 import os
 import signal
-import sys
-import threading
 import time
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 from jax._src import api as jax_api
 from jax._src import distributed as jax_distributed
 from jax._src import xla_bridge as jax_bridge
 
-from unitrain.errors import ExitCode, RankFailed, Refused
-from unitrain.meeting import Meeting, free_port
+from unitrain.errors import RankFailed, Refused
+from unitrain.meeting import Meeting, end_process, free_port
 from unitrain.world import World
 
-# How long a rank that has lost another one still lives: whoever failed first, and its agent, are to speak before it.
-LAST_SECONDS = 1.0
+NOTICE_SECONDS = 1.0  # in which the meeting learns which rank it was that a collective has lost
 SHUTDOWN_SECONDS = 30  # that a rank which has ended well waits for the others
 # what XLA says of collectives that another process has left
 _BROKEN = ("Gloo", "onnection", "NCCL", "ocket", "coordination service", "UNAVAILABLE", "peer")
@@ -61,7 +58,7 @@ class Ranks:
         except (ValueError, jax.errors.JaxRuntimeError) as error:
             if self.world.size == 1 or not any(sign in str(error) for sign in _BROKEN):
                 raise
-            deadline = time.monotonic() + LAST_SECONDS
+            deadline = time.monotonic() + NOTICE_SECONDS
             while self.meeting.gone is None and time.monotonic() < deadline:
                 time.sleep(0.01)  # the meeting is about to learn which rank it was
             lost = self.meeting.gone or f"the other ranks could not be reached: {error}"
@@ -104,7 +101,7 @@ _MEETINGS: list[Meeting] = []
 
 
 def _enter(world: World) -> Meeting:
-    meeting = _MEETINGS[0] if _MEETINGS else Meeting(world, lost=lambda error: end_with(str(error)))
+    meeting = _MEETINGS[0] if _MEETINGS else Meeting(world, lost=end_process)
     _MEETINGS.append(meeting)
     return meeting
 
@@ -168,16 +165,3 @@ def _forget_others() -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
     state.client = state.service = state.preemption_sync_manager = None
     atexit.unregister(jax_api.clean_up)
-
-
-_ENDING = threading.Lock()
-
-
-def end_with(message: str) -> NoReturn:
-    """End this process from any thread: a rank that has lost another one can only wait for ever."""
-    if not _ENDING.acquire(blocking=False):
-        time.sleep(60)  # another thread is ending it
-    print(message, file=sys.stderr, flush=True)
-    time.sleep(LAST_SECONDS)
-    sys.stdout.flush()
-    os._exit(ExitCode.FAILED)

@@ -7,15 +7,14 @@ import json
 import os
 import re
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import tensorflow as tf
 
-from unitrain.errors import ExitCode, RankFailed, UserError
-from unitrain.meeting import Meeting, PeerLost, free_port
+from unitrain.errors import RankFailed, UserError
+from unitrain.meeting import Meeting, end_process, free_port
 from unitrain.world import World
 
 NOTICE_SECONDS = 1.0  # in which the death of a rank is known to all others
@@ -30,7 +29,7 @@ class Ranks:
 
     def __init__(self, world: World, communication: str) -> None:
         self.world, self.rank, self.size = world, world.rank, world.size
-        self.meeting = Meeting(world, lost=self._end)
+        self.meeting = Meeting(world, lost=end_process)
         self._distribution = _join(world, self.meeting, communication) if world.size > 1 else None
 
     @property
@@ -80,12 +79,6 @@ class Ranks:
     def close(self) -> None:
         """Leave the others."""
         self.meeting.close()
-
-    def _end(self, error: PeerLost) -> NoReturn:
-        """Called from the meeting's own thread: this rank's main thread may be waiting in a collective for ever."""
-        sys.stdout.flush()
-        print(error, file=sys.stderr, flush=True)
-        os._exit(ExitCode.FAILED)
 
 
 def _join(world: World, meeting: Meeting, communication: str) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 # Before torch is imported: several ranks share few cores, and results are bitwise equal only at a fixed thread count.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,6 +33,21 @@ def _nobodys_rank() -> Iterator[None]:
         for name in (*own, *(name for names in STARTERS.values() for name in names.values())):
             patch.delenv(name, raising=False)
         yield
+
+
+@pytest.fixture
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB, or of the size that the test is parametrised with."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    size = getattr(request, "param", "2m")
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"not run: no file system can be mounted here ({error})")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from .errors import RankFailed, UserError
 from .world import World
@@ -26,6 +27,7 @@ _RETRY_SECONDS = 0.05
 _HELLO_SECONDS, _HELLO_BYTES = 2.0, 200  # what a stranger may take of our time, and say
 _LEAVE_SECONDS = 0.2
 _FAIL_SECONDS = 2.0  # that a rank has to fail by itself, and to say why, once another has failed
+_LAST_SECONDS = 1.0  # that a rank which has lost another one still lives: the cause, and its agent, speak first
 _SILENT_SECONDS = 5  # between probes of a machine that says nothing; three are unanswered where it is gone
 _SILENT_PROBES = 3
 
@@ -275,6 +277,14 @@ class _Peer:
                         how = message["end"]
         finally:
             self._gone(self.rank, how)
+
+
+def end_process(error: PeerLost) -> NoReturn:
+    """For `lost`: end with exit code 70, though the main thread may wait in a framework's collective."""
+    print(error, file=sys.stderr, flush=True)
+    time.sleep(_LAST_SECONDS)
+    sys.stdout.flush()
+    os._exit(error.exit_code)
 
 
 def free_port(host: str) -> int:

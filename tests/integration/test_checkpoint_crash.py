@@ -348,20 +348,6 @@ def test_after_kill_9_at_any_moment_no_published_checkpoint_is_lost(tmp_path: Pa
     assert len(os.listdir(tmp_path)) <= 4  # two kept, one too many, one unfinished
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"not run: no file system can be mounted here ({error})")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_full_disk_fails_the_save_and_is_freed_again(small_disk: Path) -> None:
     reports: list[SaveReport] = []
     writers = savers(small_disk, "a", asynchronous=True, keep=2, report=reports.append)

@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -351,20 +351,7 @@ def test_a_relative_place_of_checkpoints_is_the_same_after_a_resume_from_elsewhe
     assert len(checkpoints(tmp_path / "run", tmp_path / "beside")) == 2
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 512 KiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"not run: no file system can be mounted here ({error})")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", ["512k"], indirect=True)
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     small_disk: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -383,6 +370,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     assert [event["step"] for event in events(run, "start")] == [0, 4, 4]
 
 
+@pytest.mark.parametrize("small_disk", ["512k"], indirect=True)
 def test_a_full_disk_at_the_last_save_fails_the_run_with_one_message(small_disk: Path, tmp_path: Path) -> None:
     (small_disk / "ballast").write_bytes(bytes(os.statvfs(small_disk).f_bfree * os.statvfs(small_disk).f_bsize))
     ended = launch(ROWS, tmp_path / "run", "ddp-2", *FEW, f"checkpoint.path={small_disk}/checkpoints")

@@ -27,10 +27,7 @@ SUFFIXES = {"torch": "torch", "jax": "jax", "tensorflow": "tf"}  # framework -> 
 class NamedModel(Trainer):
     """Builds the model of `config`. With adapters, they alone are trained and saved."""
 
-    @functools.cached_property
-    def config(self) -> Any:
-        """The model's options, once they have proved to fit the data. Raises RecipeError."""
-        raise NotImplementedError
+    config: Any  # the model's options, once they have proved to fit the data; each task's own. Raises RecipeError
 
     def build_model(self) -> Any:
         """See Trainer."""
