@@ -3,7 +3,8 @@
     python -m unitrain.build deepspeed
 
 DeepSpeed compiles on first use, in silence, and a build that was killed leaves a lock on which all later ones wait for
-ever. The operators are kept where torch keeps extensions (TORCH_EXTENSIONS_DIR).
+ever. torch's own folder for extensions holds one build for all environments, each of which would compile anew what
+another one has left there; so a virtual environment keeps its own, unless TORCH_EXTENSIONS_DIR names a folder.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import argparse
 import fcntl
 import functools
+import importlib.metadata
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -117,9 +120,17 @@ def _builder(name: str) -> Any:
     return getattr(op_builder, OPERATORS[name].builder)()
 
 
+def settle_extensions() -> None:
+    """Have torch keep the extensions of a virtual environment in it, apart for each version that they are made for."""
+    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
+        versions = "-".join(f"{name}-{importlib.metadata.version(name)}" for name in ("torch", "deepspeed"))
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "share", "unitrain", versions)))
+
+
 def _folder(name: str) -> Path:
     from torch.utils import cpp_extension
 
+    settle_extensions()
     # The private function knows every variable and version that the folder's name depends on.
     return Path(cpp_extension._get_build_directory(name, verbose=False))
 
