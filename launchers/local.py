@@ -15,7 +15,7 @@ from unitrain.recipe import Recipe
 from unitrain.strategy import Problem
 
 OPTIONS = {
-    "grace_seconds": "from SIGTERM to SIGKILL when ranks are stopped; 5 unless given",
+    "grace_seconds": "from SIGTERM to SIGKILL when ranks are stopped, for them to save; 30 unless given",
     "detached": "true: the run goes on when whoever launched it is interrupted or its terminal closes",
     "entry": "module:function that a rank runs; unitrain.worker:main unless given",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from unitrain.strategy import Problem
 
 RENDEZVOUS = ("rdzv_endpoint", "master_addr")  # one of these says where several nodes meet
 TAKEN = {"nnodes": "launcher.nodes", "nproc_per_node": "launcher.nproc"}
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # torchrun passes these on; others would end it at once
 REFUSED = {
     "standalone": "leave it out: one node stands alone unless an option says where nodes meet",
     "module": "leave it out: torchrun runs unitrain.worker",
@@ -81,7 +83,7 @@ class Torchrun(Launcher):
             return wait_until_ended(job.run_dir, job_id)
         log = threading.Thread(target=self._show_log, args=(job,))
         log.start()
-        code, caught = wait_for(process)
+        code, caught = wait_for(process, understands=SIGNALS)
         log.join()
         return conclude(job.run_dir, code, caught)
 

@@ -167,6 +167,25 @@ class CheckpointRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecoveryRecipe:
+    """What the agent does about ranks that die or hang."""
+
+    restarts: int = key(
+        3,
+        "failed attempts in a row without a newer checkpoint after which the run ends, with exit code 93; any newer "
+        "checkpoint starts the count anew; 0: never restart",
+    )
+    hang_seconds: float | None = key(
+        None, "time without progress in a step after which a rank counts as hung; null: from the run's own step times"
+    )
+
+    def __post_init__(self) -> None:
+        at_least("recovery.restarts", self.restarts, 0)
+        if self.hang_seconds is not None:
+            above("recovery.hang_seconds", self.hang_seconds, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """All that defines a run."""
 
@@ -180,6 +199,7 @@ class Recipe:
     strategy: StrategyRecipe = section(StrategyRecipe, "on which backend")
     launcher: LauncherRecipe = section(LauncherRecipe, "how processes start")
     checkpoint: CheckpointRecipe = section(CheckpointRecipe, "when to save, and what to keep")
+    recovery: RecoveryRecipe = section(RecoveryRecipe, "what happens when ranks die or hang")
 
     def __post_init__(self) -> None:
         # A run id becomes folder, job and pod names: letters, digits, dot, dash and underscore only.

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import shlex
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,16 +18,18 @@ from typing import Any, final
 
 from . import registry
 from .batch import Batch
-from .checkpoint import CheckpointReader, Saver, SaveReport, open_newest
+from .checkpoint import CheckpointReader, Saver, SaveReport, open_newest, take_over
 from .cursor import Cursor, mix
 from .data.feed import Feed
 from .data.source import Source
-from .errors import CheckpointDamaged, CheckpointMismatch, RecipeError, UserError
+from .errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, ExitCode, RecipeError, UserError
+from .heartbeat import Phase
 from .policy import due
 from .recipe import OptimizerRecipe, Recipe, StrategyRecipe
 from .recipe_file import load_recipe, refuse_problems
 from .run import Run
 from .schedule import learning_rate
+from .stopping import Agreement, StopSignals
 from .strategy import Cluster, Engine, HyperParameters, Role, StepOut, Strategy
 from .track.lines import evaluation_line, progress_line
 from .world import World
@@ -39,7 +43,7 @@ class Result:
     step: int
     metrics: dict[str, float]  # of the last log line
     evaluation: dict[str, float]  # of the last evaluation; empty without one
-    exit_code: int = 0
+    exit_code: int = 0  # 75: stopped by a signal, and saved (see `errors.ExitCode`)
 
 
 class Trainer:
@@ -61,6 +65,7 @@ class Trainer:
         self._run_dir = None if run_dir is None else Path(run_dir)
         self._rates: dict[str, tuple[float, float | None]] = {}
         self._last: dict[str, float] = {}
+        self._exit_code: int = ExitCode.DONE
 
     @classmethod
     def from_recipe(
@@ -137,21 +142,30 @@ class Trainer:
 
     @final
     def fit(self) -> Result:
-        """Train to the end, resuming where the run's folder holds a checkpoint."""
+        """Train to the end or to a stop signal, resuming where the run's folder holds a checkpoint."""
         for _ in self.steps():
             pass
         return self.result()
 
     @final
     def steps(self) -> Iterator[StepOut]:
-        """Yield what each step gave, until the recipe's last; leaving early closes the run in good order."""
+        """Yield what each step gave, until the recipe's last; leaving early closes the run in good order.
+
+        A stop signal (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C) ends the loop after a step that all ranks agree on and save.
+        """
         train, every = self.recipe.train, self.recipe.checkpoint.every
         with self._session() as (feed, saver):
             while self.cursor.step < train.steps:
+                if number := self._agreement.stop(self.cursor.step, self._signals.caught):
+                    self._preempt(saver, number)
+                    return
+                self._beat(Phase.STEP)
                 batch = feed.batch(self.cursor.step)
                 out = self.step(batch)
                 self.cursor = self.cursor.advanced(len(batch), batch.tokens)
                 step = self.cursor.step
+                if self.world.heartbeat is not None:
+                    self.world.heartbeat.finished()
                 if due(step, train.log_every, train.steps):
                     self._log(out)
                 yield out
@@ -159,14 +173,16 @@ class Trainer:
                     self._evaluate()
                 if due(step, every, train.steps):
                     self._save(saver)
+            self._beat(Phase.SAVING)
             saver.wait()
+            self._beat(Phase.FINISHING)
             self.finish()
 
     @final
     def result(self) -> Result:
         """Where the run stands."""
         assert self.run is not None, "the run has started"
-        return Result(self.run.folder, self.cursor.step, dict(self._last), dict(self.evaluation))
+        return Result(self.run.folder, self.cursor.step, dict(self._last), dict(self.evaluation), self._exit_code)
 
     # How a run begins and ends.
 
@@ -176,8 +192,11 @@ class Trainer:
         world, recipe = self.world, self.recipe
         roles = self.roles()
         self._check(roles)
+        self._exit_code = ExitCode.DONE
         with contextlib.ExitStack() as stack:
+            self._signals = stack.enter_context(StopSignals())
             self._open_strategies(roles, stack)
+            self._signals.hold()
             self._open_run(stack)
             self.train_source, feed = self._feed("train", stack)
             self.eval_source, self._eval_feed = (
@@ -190,13 +209,23 @@ class Trainer:
                 optimizer = role.optimizer if isinstance(role.optimizer, OptimizerRecipe) else recipe.optimizer
                 self._rates[name] = (optimizer.lr, optimizer.clip)
             self._restore()
+            if world.heartbeat is not None:
+                world.heartbeat.began(self.cursor.step)
             self._began, self._began_at = time.monotonic(), self.cursor
             self._event("start", strategy=recipe.strategy.name, world_size=world.size, threads=world.threads)
             self.on("start", step=self.cursor.step)
             saver = stack.enter_context(contextlib.closing(self._saver()))
-            yield feed, saver
-            self._event("stop")
-            self.on("stop", step=self.cursor.step)
+            self._agreement = Agreement(world, self._control.share, self.run.folder)
+            try:
+                yield feed, saver
+            except GeneratorExit:  # whoever drives `steps` by hand has left early
+                self._stopped()
+                raise
+            self._stopped()
+
+    def _stopped(self) -> None:
+        self._event("stop", **({"exit_code": int(self._exit_code)} if self._exit_code else {}))
+        self.on("stop", step=self.cursor.step)
 
     def _check(self, roles: dict[str, Role]) -> None:
         """Refuse what cannot work, before anything is joined, read or written."""
@@ -303,9 +332,32 @@ class Trainer:
             **self.identity(),
         }
 
+    def _preempt(self, saver: Saver, number: int) -> None:
+        """All ranks end here, and what they have learned is saved, unless the recipe wants nothing saved."""
+        assert self.run is not None, "opened before"
+        self._beat(Phase.SAVING)
+        name, step = signal.Signals(number).name, self.cursor.step
+        if self.recipe.checkpoint.every == 0:
+            self._exit_code = 128 + number  # as a shell counts
+        else:
+            if step != self._saved_step:
+                self._save(saver)
+            saver.wait()
+            self._exit_code = ExitCode.PREEMPTED
+        self._event("preempt", signal=name, exit_code=int(self._exit_code))
+        if self.world.first:
+            saved = "saved" if self._exit_code == ExitCode.PREEMPTED else "not saved (checkpoint.every is 0)"
+            hint = f"; to go on: unitrain resume {shlex.quote(str(self.run.folder))}"  # our agent says it itself
+            self._say(f"stopped by {name} at step {step}, {saved}{'' if self.world.starter == 'agent' else hint}")
+
+    def _beat(self, phase: Phase) -> None:
+        self.world.beat(phase, self.cursor.step)
+
     def _save(self, saver: Saver) -> None:
         assert self.run is not None, "opened before"
+        self._beat(Phase.SAVING)
         cursor = self.cursor
+        self._saved_step = cursor.step
         state = {
             "cursor": {"step": cursor.step, "samples": cursor.samples, "tokens": cursor.tokens},
             "identity": self._identity(),
@@ -318,8 +370,10 @@ class Trainer:
         """Called when a save has ended, from the thread that wrote it."""
         facts = {"step": report.step, "bytes": report.bytes, "seconds": round(report.seconds, 4)}
         if report.ok:
-            self._event("checkpoint", **facts)
             if self.world.first:
+                if self.world.heartbeat is not None:
+                    self.world.heartbeat.saved(report.step)
+                self._event("checkpoint", **facts)
                 self._say(f"saved step {report.step}", {"event": "checkpoint", **facts})
             if report.error:
                 print(f"warning: step {report.step} was saved, but {report.error}", flush=True)
@@ -332,9 +386,12 @@ class Trainer:
         """Continue from the newest sound checkpoint, which rank 0 finds and checks for all."""
         assert self.run is not None, "opened before"
         root = self.run.checkpoints(self.recipe)
-        self.cursor = Cursor()
+        self.cursor, self._saved_step = Cursor(), 0
         folder = ""
         if self.world.first:
+            if self.recipe.checkpoint.path is not None and (found := open_newest(root, verify="manifest").reader):
+                self._refuse_shared_path(found.folder, found.state.get("run"))
+            self._take_over(root)
             newest = open_newest(root, verify="full")
             for passed in newest.passed_over:
                 print(
@@ -357,23 +414,32 @@ class Trainer:
                 self._say(f"there is no checkpoint in {root}: training starts over")
             return
         reader = CheckpointReader(folder)
-        self._refuse_shared_path(folder, reader.state.get("run"))
         self._refuse_other_run(folder, reader.state["identity"])
         for name, engine in self.engines.items():
             engine.load(reader.role(name)).require_all(f"the checkpoint {folder}")
         self.cursor = Cursor(**reader.state["cursor"])
+        self._saved_step = self.cursor.step
         self.extra = dict(reader.state["extra"])
         if self.world.first:
             self.run.rewind(self.cursor.step)
             done = "; nothing is left to do" if self.cursor.step >= self.recipe.train.steps else ""
             self._say(f"resumed at step {self.cursor.step} of {self.recipe.train.steps} from {folder}{done}")
 
+    def _take_over(self, root: str) -> None:
+        """Keep an earlier attempt that is still about from publishing, before the newest checkpoint is looked for."""
+        if self.recipe.checkpoint.every == 0:
+            return
+        try:
+            take_over(root, self._nonce)
+        except CheckpointError as error:  # the disk may be full, which costs a checkpoint and not the run
+            print(f"warning: {error}", flush=True)
+
     def _refuse_shared_path(self, folder: str, writer: str | None) -> None:
         """A new run must not go on with, and later delete, what another one has saved at `checkpoint.path`."""
         assert self.run is not None, "opened before"
         path = self.recipe.checkpoint.path
         began = any(event["event"] == "start" for event in self.run.events())
-        if path is not None and not began and writer not in (None, self.run.id):
+        if not began and writer not in (None, self.run.id):
             raise CheckpointMismatch(
                 f"checkpoint.path {path} holds {folder} of the run {writer}; give a new run a path of its own, or go "
                 "on with that run by `unitrain resume`"
@@ -431,6 +497,7 @@ class Trainer:
     def _evaluate(self) -> None:
         if self._eval_feed is None:
             return
+        self._beat(Phase.EVALUATING)
         began = time.monotonic()
         self.evaluation = self.evaluate()
         pause = time.monotonic() - began

@@ -19,6 +19,7 @@ from .agent.logs import attempt_folders, rank_log
 from .agent.rank import die_with, leave, line_buffered, skip_teardown, write_to
 from .agent.records import hostname
 from .errors import ExitCode, UnitrainError
+from .heartbeat import Phase
 from .world import World
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ def train(build: Callable[[], Trainer], run_dir: Path | None, *, keep_logs: bool
     world = World()
     try:
         world = World.from_environment()
+        if world.stacks is not None:
+            # By C code in the signal handler itself: it also speaks of a rank that hangs in C code or holds the GIL.
+            faulthandler.register(signal.SIGQUIT, open(world.stacks, "w"), all_threads=True)  # noqa: SIM115
+        world.beat(Phase.STARTING, 0)
         if world.starter == "torchrun":
             die_with(os.getppid(), signal.SIGKILL)  # torchrun itself, when killed, leaves its workers running
         if keep_logs and run_dir is not None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import UserError
+from .heartbeat import Heartbeat, Phase
 
 LOOPBACK = "127.0.0.1"
 
@@ -67,6 +68,8 @@ class World:
     starter: str = "alone"  # what started this rank: agent, torchrun, horovodrun, mpirun, srun, alone
     threads: int | None = None  # intra-op CPU threads; None leaves the framework's default
     agent_fd: int | None = None  # our agent listens here, one JSON object a line
+    heartbeat: Heartbeat | None = None  # our agent sees here that this rank gets on
+    stacks: str | None = None  # file into which this rank writes its stacks when our agent asks
 
     @property
     def first(self) -> bool:
@@ -88,6 +91,11 @@ class World:
             os.write(self.agent_fd, line.encode())
         except BrokenPipeError:
             pass  # the agent is gone: the run itself may still finish
+
+    def beat(self, phase: Phase, step: int) -> None:
+        """Tell the agent, if one watches, that this rank gets on."""
+        if self.heartbeat is not None:
+            self.heartbeat.beat(phase, step)
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> World:
@@ -116,6 +124,8 @@ class World:
             starter="agent" if agent_fd is not None else starter,
             threads=threads,
             agent_fd=agent_fd,
+            heartbeat=Heartbeat.of(environ["UNITRAIN_HEARTBEAT"]) if "UNITRAIN_HEARTBEAT" in environ else None,
+            stacks=environ.get("UNITRAIN_STACKS"),
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,9 @@ class AgentJob:
     preload: tuple[str, ...] = ()  # modules that the warm process imports before it forks ranks
     fork: bool = True
     entry: str = WORKER  # what a rank runs, as module:function; it takes the arguments and returns an exit code
-    grace_seconds: float = 5.0  # between SIGTERM and SIGKILL when the ranks are stopped
+    grace_seconds: float = 30.0  # between SIGTERM and SIGKILL when the ranks are stopped; they save meanwhile
+    restarts: int = 0  # failed attempts in a row without a newer checkpoint that end the run; 0: the first one does
+    hang_seconds: float | None = None  # without progress in a step; None: from the run's own step times
 
 
 def job_text(job: Job, launcher: str) -> str:
@@ -38,6 +40,7 @@ def job_text(job: Job, launcher: str) -> str:
         "nproc": job.nproc,
         "preload": list(job.preload),
         "fork": job.fork,
+        "recovery": asdict(job.recovery),
         "options": dict(job.options),
     }
     return json.dumps(values, indent=2) + "\n"
@@ -48,7 +51,7 @@ def read_job(run_dir: Path) -> AgentJob:
     path = run_dir / FILE
     try:
         values = json.loads(path.read_text())
-        options = values["options"]
+        options, recovery = values["options"], values.get("recovery", {})
         return AgentJob(
             run_id=values["run_id"],
             nodes=values["nodes"],
@@ -57,6 +60,8 @@ def read_job(run_dir: Path) -> AgentJob:
             fork=values["fork"],
             entry=options.get("entry", WORKER),
             grace_seconds=float(options.get("grace_seconds", AgentJob.grace_seconds)),
+            restarts=recovery.get("restarts", AgentJob.restarts),
+            hang_seconds=recovery.get("hang_seconds"),
         )
     except FileNotFoundError as error:
         raise UserError(f"{run_dir} has no {FILE}, so it is not the folder of a run") from error

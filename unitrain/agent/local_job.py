@@ -8,7 +8,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,12 @@ def start_job(job: Job, rendered: Rendered, launcher: str, *, detached: bool = F
     return process
 
 
-def wait_for(process: subprocess.Popen[bytes]) -> tuple[int, int | None]:
-    """The exit code of a job that we started, and the signal, if any, that we got meanwhile and passed on."""
-    with _forwarded_to(process) as caught:
+def wait_for(process: subprocess.Popen[bytes], *, understands: Collection[int] = STOPPING) -> tuple[int, int | None]:
+    """The exit code of a job that we started, and the signal, if any, that we got meanwhile and passed on.
+
+    What the job's own agent does not understand is passed on as SIGTERM.
+    """
+    with _forwarded_to(process, understands) as caught:
         return process.wait(), caught[0] if caught else None
 
 
@@ -130,7 +133,7 @@ def _process(run_dir: Path, job_id: str) -> Process:
 
 
 @contextlib.contextmanager
-def _forwarded_to(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+def _forwarded_to(process: subprocess.Popen[bytes], understands: Collection[int]) -> Iterator[list[int]]:
     """Pass signals on: a terminal sends them to the job as well, but `kill` and `docker stop` do not."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -139,7 +142,7 @@ def _forwarded_to(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
 
     def forward(number: int, frame: object) -> None:
         caught.append(number)
-        process.send_signal(number)
+        process.send_signal(number if number in understands else signal.SIGTERM)
 
     before = {number: signal.signal(number, forward) for number in STOPPING}
     try:

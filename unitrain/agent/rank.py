@@ -29,6 +29,14 @@ class RankStart:
     environ: Mapping[str, str]
     log: str
     agent_fd: int  # the rank's end of its pipe to the agent
+    heartbeat_fd: int  # memory that the agent reads (see `heartbeat`)
+    slot: int  # the rank's place in it
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Its environment, with the descriptors as they are in this process."""
+        own = {"UNITRAIN_AGENT_FD": str(self.agent_fd), "UNITRAIN_HEARTBEAT": f"{self.heartbeat_fd}:{self.slot}"}
+        return {**self.environ, **own}
 
 
 def become_rank(start: RankStart, *, parent: int, others: Iterable[int]) -> None:
@@ -42,8 +50,9 @@ def become_rank(start: RankStart, *, parent: int, others: Iterable[int]) -> None
     for fd in others:
         os.close(fd)
     _redirect(start.log)
-    os.environ.update(start.environ)
-    os.set_inheritable(start.agent_fd, False)
+    os.environ.update(start.variables)
+    for fd in (start.agent_fd, start.heartbeat_fd):
+        os.set_inheritable(fd, False)
     random.seed()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shlex
 import signal
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ExitCode
+from .hang import Hang
 from .logs import last_lines
 from .records import EVENTS
 from .starters import Ended, describe_exit
@@ -32,6 +34,8 @@ class Failure:
     error: str = ""  # the exception's last line, or how it ended
     traceback: str = ""  # empty for an error that its message explains
     spoke: bool = True  # False: it ended without an exception of its own
+    hung: bool = False
+    stacks: Path | None = None  # what it was doing when it hung
 
     @classmethod
     def from_message(cls, message: dict[str, Any], log: Path) -> Failure:
@@ -70,6 +74,22 @@ class Failure:
             spoke=False,
         )
 
+    @classmethod
+    def from_hang(cls, hang: Hang, *, host: str, log: Path, pid: int, stacks: Path) -> Failure:
+        """A rank that got on no more."""
+        return cls(
+            rank=hang.rank,
+            at=0,  # nothing failed before it
+            host=host,
+            log=log,
+            pid=pid,
+            how=f"hangs: it {hang}",
+            error=f"rank {hang.rank} hangs: it {hang}",
+            spoke=False,
+            hung=True,
+            stacks=stacks if stacks.exists() and stacks.stat().st_size else None,
+        )
+
 
 def first_failure(failures: Iterable[Failure]) -> Failure:
     """The one that made the others fail."""
@@ -89,9 +109,32 @@ def failure_block(failure: Failure, run_dir: Path, *, log_shown: bool) -> str:
         f"  its log: {_near(failure.log)}",
         f"  {next_command(run_dir)}",
     ]
+    if failure.stacks is not None:
+        lines.append(f"  the stacks of all ranks: {_near(failure.stacks.parent)}/stacks-rank-*.txt")
     if not failure.spoke and not log_shown:
         lines += ["  its last lines:", *(f"    {line}" for line in last_lines(failure.log, _LAST_LINES))]
     lines.append(failure.traceback.rstrip() or failure.error)
+    return "\n".join(lines)
+
+
+def restart_words(failure: Failure, restart: int, step: int, after_seconds: float) -> str:
+    """One line for a run that goes on by itself."""
+    if failure.spoke:
+        error = failure.error.splitlines()[0] if failure.error else ""
+        what = f"rank {failure.rank} {failure.how} (its log: {_near(failure.log)}): {error}"
+    else:
+        what = f"{failure.error} (its log: {_near(failure.log)})"
+    wait = f" in {after_seconds:g} s" if after_seconds else ""
+    whence = f"from step {step}" if step else "from the beginning"
+    return f"{what}; restart {restart}{wait}, {whence}"
+
+
+def loop_words(faults: Counter[tuple[int, str]]) -> str:
+    """Why a run is not started again though it might be."""
+    lines = [f"crash loop: {faults.total()} attempts in a row failed without a newer checkpoint"]
+    for (rank, error), count in faults.most_common():
+        first = error.splitlines()[0] if error else ""
+        lines.append(f"  {count} x rank {rank}: {first}")
     return "\n".join(lines)
 
 

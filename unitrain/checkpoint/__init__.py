@@ -6,6 +6,7 @@ A checkpoint exists if and only if its manifest is valid. Saver writes, open_new
 from __future__ import annotations
 
 from .catalog import Catalog, Found, Newest, PassedOver, list_checkpoints, newest, open_newest
+from .fence import take_over
 from .reader import CheckpointReader
 from .saver import Saver, SaveReport
 
@@ -20,4 +21,5 @@ __all__ = [
     "list_checkpoints",
     "newest",
     "open_newest",
+    "take_over",
 ]

@@ -20,6 +20,7 @@ from ..errors import CheckpointError
 from ..strategy import Shard
 from .arena import Arena
 from .container import ELEMENT_TYPES, header_bytes
+from .fence import Replaced, refuse_replaced
 from .files import FileRecord, Folder, open_folder
 from .manifest import MANIFEST, MAX_MANIFEST_BYTES, STATE, Box, Manifest, Part, Tensor
 from .retention import FolderName, abandoned, doomed
@@ -52,7 +53,8 @@ class Saver:
 
     `nonce` is the attempt's, the same on all writers and never used before. `producer` goes into the manifest.
     `report` is called once for each save, from the background thread where saving is asynchronous. A save that
-    fails leaves the previous checkpoint in place; `wait` raises what happened. A process that ends without `close`
+    fails leaves the previous checkpoint in place; `wait` raises what happened. An attempt that another one has replaced
+    (see `fence`) publishes and deletes nothing: its next call raises Replaced. A process that ends without `close`
     gives up the save under way, which harms nothing.
     """
 
@@ -148,8 +150,11 @@ class Saver:
     def _run(self, snapshot: _Snapshot) -> None:
         """One save from its copy to its report."""
         folder = self._root.sub(str(snapshot.name))
-        error, trouble = None, self._tidied(self._sweep, snapshot.name)
+        error: CheckpointError | None = None
+        trouble: str | None = None
         try:
+            refuse_replaced(self._root, self._nonce)
+            trouble = self._tidied(self._sweep, snapshot.name)
             self._write(folder, snapshot)
             if self._writer == 0:
                 self._publish(folder, snapshot)
@@ -158,7 +163,12 @@ class Saver:
             error.__cause__ = cause
             self._give_up(folder, error)
         else:
-            trouble = self._tidied(self._retain, snapshot.name) or trouble
+            try:
+                refuse_replaced(self._root, self._nonce)  # by now: then the other may read it, and decides what goes
+                trouble = self._tidied(self._retain, snapshot.name) or trouble
+            except Exception as cause:  # of any storage library
+                error = CheckpointError(f"checkpoint {folder.url} may not count: {_told(cause)}")
+                error.__cause__ = cause
         self._error = error
         self.failures = self.failures + 1 if error else 0
         self._report(
@@ -172,6 +182,8 @@ class Saver:
                 error=str(error) if error else trouble,
             )
         )
+        if error is not None and isinstance(error.__cause__, Replaced):
+            raise error.__cause__  # nothing that this attempt does will ever count
 
     def _write(self, folder: Folder, snapshot: _Snapshot) -> None:
         """This writer's files, and last its part table."""
@@ -206,6 +218,7 @@ class Saver:
         files = {f"part-{part.writer}.json": record for part, record in tables}
         files[STATE] = folder.write(STATE, [snapshot.state])
         manifest = Manifest.of_parts(parts, files, time=time.time(), producer=self._producer)
+        refuse_replaced(self._root, self._nonce)
         folder.publish(MANIFEST, manifest.to_bytes())
 
     def _collect(self, folder: Folder, step: int) -> list[tuple[Part, FileRecord]]:

@@ -16,7 +16,8 @@ from . import exporting, importing, launch, listing, runs, verifying
 app = typer.Typer(
     name="unitrain",
     help="One Trainer, any training backend, any cluster, nothing lost.",
-    epilog="Exit codes: 0 done, 2 wrong usage, 70 failed, 78 bad recipe, 130 interrupted.",
+    epilog="Exit codes: 0 done, 2 wrong usage, 70 failed, 75 stopped and saved, 78 bad recipe, 93 crash loop, "
+    "130 interrupted.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

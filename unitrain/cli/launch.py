@@ -127,6 +127,7 @@ def _prepared(run: Run, recipe: Recipe) -> tuple[Launcher, Job, Rendered]:
         options=recipe.launcher.options,
         preload=entry.preload,
         fork=entry.fork,
+        recovery=recipe.recovery,
     )
     return launcher, job, launcher.render(job)
 
@@ -151,11 +152,9 @@ def _start(run: Run, recipe: Recipe, folder: Path) -> int:
     except KeyboardInterrupt:
         print(f"no longer followed; see `unitrain status {folder}`", file=sys.stderr)
         return INTERRUPTED
-    # A failure has said what it had to say: the first failing rank's error stays the last thing on the screen.
+    # Others have said what they had to say: the first failing rank's error stays the last thing on the screen.
     if code == ExitCode.DONE:
         print(f"done: {folder}, metrics in {folder / 'metrics.jsonl'}")
-    elif code == ExitCode.PREEMPTED:
-        print(f"stopped and saved: go on with `unitrain resume {folder}`")
     return code
 
 
