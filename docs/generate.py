@@ -1,9 +1,13 @@
-"""Writes docs/recipe.md from the dataclasses that define a recipe: `python docs/generate.py`."""
+"""Writes the generated pages: `python docs/generate.py`.
+
+docs/recipe.md comes from the dataclasses that define a recipe, docs/features.md from the table that the tests check.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -87,7 +91,42 @@ def _default(field: dataclasses.Field[Any]) -> str:
     return f"`{json.dumps(dict(value) if isinstance(value, Mapping) else value)}`"
 
 
+FEATURES = """# Features and strategies
+
+Every row is a small run of `tests/integration/test_feature_matrix.py`. "yes": two ranks learn what one process learns,
+within {tight:.0e} relative in fp32 ({band:.0e} in bf16 and fp16), and resumed from the middle they learn it to the
+last bit. A number: the strategy refuses, before the run or before the first step that shows the need, and its message
+ends as below the table.
+
+Strategies that cut parameters (`fsdp2`, `zero3`) gather each block on all ranks at once: whether a block runs may
+depend on the step, but not on the rows of a rank.
+"""
+
+
+def features_table() -> str:
+    """The text of docs/features.md."""
+    found = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "integration" / "features.py"))
+    strategies, refused = found["strategies"](), found["REFUSED"]
+    notes: list[str] = []
+    rows = []
+    for name, feature in found["FEATURES"].items():
+        cells = []
+        for strategy in strategies:
+            refusal = refused.get((name, strategy))
+            if refusal is not None and refusal.says not in notes:
+                notes.append(refusal.says)
+            cells.append("yes" if refusal is None else str(notes.index(refusal.says) + 1))
+        rows.append(f"| {feature.about} | {' | '.join(cells)} |")
+    head = [f"| feature | {' | '.join(f'`{name}`' for name in strategies)} |", "|---" * (len(strategies) + 1) + "|"]
+    numbered = [f"{number}. \u2026 {says}" for number, says in enumerate(notes, start=1)]
+    introduction = FEATURES.format(tight=found["TIGHT"], band=found["BAND"])
+    return "\n".join([introduction, *head, *rows, "", *numbered]) + "\n"
+
+
+PAGES = {"recipe.md": recipe_reference, "features.md": features_table}
+
 if __name__ == "__main__":
-    path = Path(__file__).with_name("recipe.md")
-    path.write_text(recipe_reference(), encoding="utf-8")
-    print(f"wrote {path}")
+    for name, text in PAGES.items():
+        path = Path(__file__).with_name(name)
+        path.write_text(text(), encoding="utf-8")
+        print(f"wrote {path}")

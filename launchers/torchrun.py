@@ -26,6 +26,8 @@ REFUSED = {
     "module": "leave it out: torchrun runs unitrain.worker",
     "detached": "use --launcher local",
 }
+# Rank 0 then listens at MASTER_PORT, as other starters have it; else torchrun itself does, and only torch can use that.
+ENVIRON = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 class Torchrun(Launcher):
@@ -67,7 +69,7 @@ class Torchrun(Launcher):
             *(sys.executable, "-m", "torch.distributed.run", *_flags(options)),
             *("-m", "unitrain.worker", str(job.run_dir), "--keep-logs"),
         )
-        return Rendered(files={FILE: job_text(job, self.name)}, argv=argv)
+        return Rendered(files={FILE: job_text(job, self.name)}, argv=argv, environ=ENVIRON)
 
     def submit(self, job: Job, rendered: Rendered) -> str:
         """Start torchrun; its pid is the job's id."""

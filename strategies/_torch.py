@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from unitrain.errors import Refused
+from unitrain.keras_backend import settle_keras_device
 from unitrain.strategies._torch_ranks import Ranks
 from unitrain.strategy import Strategy
 from unitrain.world import World
@@ -44,6 +45,7 @@ class TorchStrategy(Strategy):
             # A forked rank imported torch before it knew its share of the cores.
             torch.set_num_threads(world.threads)
         self.device = self.choose_device(world)
+        settle_keras_device(str(self.device))
         self.ranks = self.join(world)
 
     def choose_device(self, world: World) -> torch.device:
@@ -116,13 +118,16 @@ _MEETINGS = itertools.count()  # of this process; the ranks of a run count alike
 
 def _meeting(world: World) -> Any:
     """Where the ranks meet this time. A second run of one process must not find what the first one left there."""
-    store = _store(world.coordinator, world.rank, world.size)
+    store = store_of(world.coordinator, world.rank, world.size)
     return torch._C._distributed_c10d.PrefixStore(f"meeting-{next(_MEETINGS)}", store)
 
 
 @functools.cache
-def _store(coordinator: str, rank: int, size: int) -> Any:
-    """One a process: a rank that is ahead could still reach the store that rank 0 is about to end."""
+def store_of(coordinator: str, rank: int, size: int) -> Any:
+    """The key-value store that all ranks reach.
+
+    One a process: a rank that is ahead could still reach the store that rank 0 is about to end.
+    """
     return next(rendezvous(f"tcp://{coordinator}", rank, size, timeout=JOIN_TIMEOUT))[0]
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from deepspeed.runtime.utils import count_used_parameters_in_backward
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters, is_zero_param
 from torch import Tensor, nn
 
 from unitrain.batch import Batch, MicroBatch
-from unitrain.errors import UserError
+from unitrain.errors import Refused, UserError
 from unitrain.recipe import OptimizerRecipe, Recipe
 from unitrain.strategies._torch_deepspeed_state import PartitionedWeights, Partitions, ReplicatedWeights
 from unitrain.strategies._torch_engine import (
@@ -66,7 +67,8 @@ class DeepSpeedEngine(TorchEngine):
     """A role trained, or only held, by an engine of `deepspeed.initialize`, whose root is a RootModule.
 
     DeepSpeed accumulates, reduces, clips and moves; we say when and by how much. It reads the norm on the host in
-    every step, and so do we the weight. A parameter that gets no gradient in an update is moved as by a zero one.
+    every step, and so do we the weight. Ranks must have gradients of the same parameters, all of them: DeepSpeed
+    would add up those of different ones, or abort, and move one without a gradient as by a zero one.
     """
 
     def __init__(
@@ -101,7 +103,9 @@ class DeepSpeedEngine(TorchEngine):
         with self._alone():
             for micro in batch.micro():
                 self._seed(micro.key)
-                self.engine.backward(self.engine(loss, micro), scale_wrt_gas=False)
+                found = self.engine(loss, micro)
+                found.register_hook(self._refuse_unused)
+                self.engine.backward(found, scale_wrt_gas=False)
         return self._apply(hp)
 
     @torch.no_grad()
@@ -125,6 +129,17 @@ class DeepSpeedEngine(TorchEngine):
             torch._amp_update_scale_(self.losses.scale, self.good_steps, skip, 2.0, 0.5, FP16_GROWTH_STEPS)
         norm = torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float32, device=totals.device)
         return TorchStepOut(totals, 1, norm, skip, self.losses.metrics, self.ranks)
+
+    def _refuse_unused(self, grad: Tensor) -> None:
+        """Raise Refused for a parameter that a loss does not depend on. Called in backward, before ranks meet."""
+        if count_used_parameters_in_backward(self.params) == len(self.params):
+            return
+        params = zip(self.names, self.params, strict=True)
+        name = next(name for name, param in params if not count_used_parameters_in_backward([param]))
+        raise Refused(
+            f"DeepSpeed needs a gradient of every parameter from every micro-batch, and {name!r} got none; freeze it "
+            "(requires_grad_(False)) if nothing ever uses it, or use --strategy fsdp2 or horovod"
+        )
 
     def _watch_norm(self) -> None:
         """Have DeepSpeed skip what we do not want applied, by its own way of dropping a non-finite gradient."""

@@ -48,6 +48,7 @@ class Sharing:
 
     writes = True  # False on ranks whose sharded boxes another rank writes
     divisor = 1  # by which gradients and totals were divided
+    unused: Collection[int] = ()  # parameters that no rank's rows led to in this update, though they have a gradient
 
     def __init__(self, losses: LossModule) -> None:
         self.losses = losses
@@ -78,7 +79,7 @@ class Sharing:
         return function(*args)
 
     def after_forward_only(self) -> None:
-        """Called after evaluation and generation."""
+        """Called after evaluation and generation, and before state is read or written."""
 
 
 class LossModule(nn.Module):
@@ -186,7 +187,8 @@ class TorchEngine(Engine):
         kept = set(model.state_dict(keep_vars=True))
         self.buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
         self.device = sharing.local(self.params[0]).device if named else _device_of(model)
-        self.generators = _generators(self.device)
+        own = [model] if hasattr(model, "manual_seed") else []  # it draws from generators of its own
+        self.generators: list[Any] = [*_generators(self.device), *own]
         if role.optimizer is not None and not named:
             raise UserError("a role has an optimizer but its model has no trainable parameter; use optimizer: None")
         self.optimizer = self._make_optimizer(recipe)
@@ -228,6 +230,8 @@ class TorchEngine(Engine):
         grads = [None if param.grad is None else local(param.grad) for param in self.params]
         present = [grad for grad in grads if grad is not None]
         totals, raw_norm = self.sharing.totals_and_norm(present)
+        for number in self.sharing.unused:
+            grads[number] = self.params[number].grad = None
         # What turns gradients of sums into the gradient of the mean; exact where the weight is a power of two.
         inverse = totals[1].reciprocal()
         if self.losses.scale is not None:
@@ -320,6 +324,7 @@ class TorchEngine(Engine):
         With `writing` the caller changes the places' data, each before it asks for the next.
         """
         sharing = self.sharing
+        sharing.after_forward_only()  # another role's loss may have run this model last
         for name, param in self.model.named_parameters():
             yield Place("param", name, sharing.local(param.detach()), tuple(param.shape), sharing.offset(param))
         for name, buffer in self.buffers:

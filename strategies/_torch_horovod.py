@@ -10,9 +10,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from torch.distributed.rendezvous import rendezvous
-
 from unitrain.errors import UserError
+from unitrain.strategies._torch import store_of
 from unitrain.world import LOOPBACK, World
 
 
@@ -86,9 +85,8 @@ def meeting(world: World, timeout: datetime.timedelta) -> Iterator[dict[str, str
             "an address by which the others reach the node of rank 0"
         )
     # torch's own store first: under torchrun the coordinator's port belongs to torchrun.
-    url = f"tcp://{world.coordinator}"
-    store, _, _ = next(rendezvous(url, rank=world.rank, world_size=world.size, timeout=timeout))
-    # Under torchrun the store outlives a meeting, and another may follow.
+    store = store_of(world.coordinator, world.rank, world.size)
+    # The store outlives a meeting, and another may follow.
     number = store.add(f"unitrain/horovod/{world.generation}/meetings-of-{world.rank}", 1)
     prefix = f"unitrain/horovod/{world.generation}/{number}"
     with contextlib.ExitStack() as stack:

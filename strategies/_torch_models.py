@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unitrain.errors import UserError
+from unitrain.keras_backend import build_any, is_keras
 from unitrain.strategy import Role
 
 
@@ -19,7 +21,7 @@ def build_model(role: Role, seed: int, device: torch.device) -> nn.Module:
     if role.initial is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return _checked(role.model()).to(device)
+            return _made(role, seed).to(device)
     model = empty_model(role)
     materialize(model, device)
     fill_initial(model, role, seed)
@@ -29,7 +31,7 @@ def build_model(role: Role, seed: int, device: torch.device) -> nn.Module:
 def empty_model(role: Role) -> nn.Module:
     """The role's model without memory (on the meta device), for models whose role gives initial values."""
     with torch.device("meta"):
-        return _checked(role.model())
+        return _made(role, 0).to("meta")  # Keras says itself where its tensors are to be
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
@@ -97,11 +99,34 @@ def sharding_units(model: nn.Module) -> list[nn.Module]:
     return [child for module in model.modules() if isinstance(module, nn.ModuleList) for child in module]
 
 
+def separate_units(model: nn.Module) -> list[nn.Module]:
+    """The blocks that can be cut by themselves: those whose parameters no module beside them has too."""
+    everywhere = _occurrences(model)
+    return [
+        unit
+        for unit in sharding_units(model)
+        if all(everywhere[param] == times for param, times in _occurrences(unit).items())
+    ]
+
+
+def _occurrences(module: nn.Module) -> Counter[int]:
+    """The number of places that each parameter, by its id, has."""
+    return Counter(id(param) for _, param in module.named_parameters(remove_duplicate=False))
+
+
 def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
-def _checked(model: Any) -> nn.Module:
+def _made(role: Role, seed: int) -> nn.Module:
+    """What the role's `model` returns; Keras's models are made fit."""
+    model = build_any(role.model, "torch", seed)
+    if is_keras(model):
+        from unitrain.strategies._torch_keras import adopt  # which imports Keras
+
+        return adopt(model)
     if not isinstance(model, nn.Module):
-        raise UserError(f"build_model returned a {type(model).__name__}; a torch strategy needs a torch.nn.Module")
+        raise UserError(
+            f"build_model returned a {type(model).__name__}; a torch strategy needs a torch.nn.Module or a Keras model"
+        )
     return model

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from unitrain.batch import MicroBatch
+from unitrain.errors import Refused
 from unitrain.strategies._torch_engine import LossModule, Sharing, norm_of
 
 
@@ -54,8 +55,22 @@ class Replicated(Sharing):
 
     def totals_and_norm(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
         """See Sharing."""
+        self._refuse_unused()
         carry = self.losses.carry
         assert carry is not None and carry.grad is not None, "the loss was multiplied by it"
         # A copy: the gradient lies in a bucket of DDP's, which the next update overwrites.
         totals, carry.grad = carry.grad.clone(), None
         return totals, norm_of(grads)
+
+    def _refuse_unused(self) -> None:
+        """Raise Refused where DistributedDataParallel still waits for a gradient, and has summed nothing."""
+        try:
+            self.ddp._check_reducer_finalized()  # type: ignore[no-untyped-call]  # torch's own
+        except RuntimeError as error:
+            params = self.losses.model.named_parameters()
+            names = [name for name, param in params if param.requires_grad and param.grad is None]
+            what = f"the parameter {names[0]!r}" if names else "a parameter"
+            raise Refused(
+                f"{what} got no gradient in the last pass of a step; set find_unused_parameters: true in the options "
+                "of --strategy ddp, or use --strategy fsdp2 or horovod"
+            ) from error

@@ -18,7 +18,7 @@ from unitrain.strategies._torch_models import (
     build_model,
     empty_model,
     fill_initial,
-    sharding_units,
+    separate_units,
 )
 from unitrain.strategies._torch_sharded import Sharded, gather_in_methods, join_alone, refuse_scalars
 from unitrain.strategy import Role
@@ -77,7 +77,7 @@ class FSDP2(TorchStrategy):
         }
         if "reshard_after_forward" in options:
             arguments["reshard_after_forward"] = options["reshard_after_forward"]
-        for unit in sharding_units(model):
+        for unit in separate_units(model):
             fully_shard(unit, **arguments)
         fully_shard(model, **arguments)
         gather_in_methods(model)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -46,19 +45,27 @@ class Horovod(TorchStrategy):
 
     name: ClassVar[str] = "horovod"
     problems = staticmethod(_torch_refusals.horovod)
+    # How Horovod was begun by us. It ends with its process: begun a second time it would crash (0.28.1, where
+    # HOROVOD_CYCLE_TIME is set), and after a failure the others would fail before this rank has told why.
+    began: ClassVar[tuple[str, float] | None] = None
 
     def join(self, world: World) -> Ranks:
-        """Meet the other ranks, unless this program has called hvd.init() itself."""
+        """Meet the other ranks, unless this program has called hvd.init() or trained with Horovod before."""
         if self.device.type == "cuda" and world.size > 1 and not hvd.nccl_built():
             raise Refused(
                 "this Horovod was built without NCCL, so it cannot sum what lies on GPUs; hide them "
                 "(CUDA_VISIBLE_DEVICES=) to train on CPU, or use --strategy ddp"
             )
         self.num_bound = 0
-        self.variables: dict[str, str] = {}
-        self.initialised = not hvd.is_initialized()  # True: it is ours to end
-        if self.initialised:
+        way = (self.options.get("backend", "gloo"), self.options.get("cycle_time_ms", CYCLE_MS))
+        if not hvd.is_initialized():
             self._initialise(world)
+            Horovod.began = way
+        elif Horovod.began not in (None, way):
+            raise Refused(
+                f"Horovod began in this process with (backend, cycle_time_ms) = {Horovod.began} and lasts as long as "
+                f"it; use a fresh process for {way}"
+            )
         if (hvd.rank(), hvd.size()) != (world.rank, world.size):
             raise UserError(
                 f"Horovod says rank {hvd.rank()} of {hvd.size()} where {world.starter} started rank {world.rank} of "
@@ -69,27 +76,22 @@ class Horovod(TorchStrategy):
     def _initialise(self, world: World) -> None:
         # Horovod would fuse what happens to be ready; from three ranks on a sum's last bits depend on that. We fuse
         # by a plan instead.
-        self.variables = {
+        variables = {
             "HOROVOD_FUSION_THRESHOLD": "0",
             "HOROVOD_CYCLE_TIME": str(self.options.get("cycle_time_ms", CYCLE_MS)),
         }
         os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(SILENCE_SECONDS))
         if world.starter == "horovodrun" or world.size == 1:
-            self._init()
+            _init(variables)
             return
         transport = self.options.get("backend", "gloo")
-        self.variables |= {"HOROVOD_CONTROLLER": transport, "HOROVOD_CPU_OPERATIONS": transport}
+        variables |= {"HOROVOD_CONTROLLER": transport, "HOROVOD_CPU_OPERATIONS": transport}
         if transport == "mpi":
-            self._init()
+            _init(variables)
             return
         with meeting(world, JOIN_TIMEOUT) as place:
-            self.variables |= place
-            self._init()
+            _init(variables | place)
             HorovodRanks(world.rank, world.size).barrier()
-
-    def _init(self) -> None:
-        os.environ.update(self.variables)
-        hvd.init()
 
     def bind(self, role: Role, seed: int) -> TorchEngine:
         """See Strategy."""
@@ -102,17 +104,13 @@ class Horovod(TorchStrategy):
         sharing = Summed(losses, self.options, f"model-{self.num_bound}")
         return HorovodEngine(model, role, sharing, self.recipe, self.ranks)
 
-    def close(self) -> None:
-        """See Strategy."""
-        if not self.initialised or not hvd.is_initialized():
-            return
-        if sys.exc_info()[0] not in (None, GeneratorExit):
-            # The others would fail in the middle of their work before this rank has told why. They will notice when
-            # its process ends.
-            return
-        hvd.shutdown()
-        for name in self.variables:
-            del os.environ[name]
+
+def _init(variables: dict[str, str]) -> None:
+    """Begin Horovod, which reads these variables and no others of that name; they tell other libraries nothing."""
+    os.environ.update(variables)
+    hvd.init()
+    for name in variables:
+        del os.environ[name]
 
 
 class HorovodRanks(Ranks):

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 _ROUNDS = 4  # Luby and Rackoff (1988): four Feistel rounds make a strong pseudo-random permutation
 _MASK = (1 << 64) - 1
+_WASTE = 1.1  # of computing filler rows, for parts that are larger
 
 
 @dataclass(frozen=True)
@@ -104,3 +105,26 @@ def num_microbatches(rows: int, size: int, micro_batch: int | None) -> int:
     """
     most = -(-rows // size)
     return 1 if micro_batch is None else max(1, -(-most // micro_batch))
+
+
+def even_parts(rows: int, rank: int, size: int, micro_batch: int | None) -> list[tuple[range, bool]]:
+    """A rank's (rows, filler) of a global batch in parts of which every rank has as many, of the same sizes.
+
+    For backends that run one program on all ranks. A filler's rows are another rank's and must weigh nothing. All
+    parts are of one size but the last, which holds what is left; a size that wastes little is chosen.
+    """
+    most = -(-rows // size) if micro_batch is None else min(micro_batch, -(-rows // size))
+    cheapest = min(_even_cost(rows, size, part) for part in range(1, most + 1))
+    part = max(part for part in range(1, most + 1) if _even_cost(rows, size, part) <= _WASTE * cheapest)
+    parts = [range(begin, begin + part) for begin in range(0, rows - part + 1, part)]
+    rounds = -(-len(parts) // size)
+    chosen = parts[rank * rounds : (rank + 1) * rounds]
+    found = [(own, False) for own in chosen] + [(parts[0], True)] * (rounds - len(chosen))
+    if rest := rows % part:
+        found.append((range(rows - rest, rows), rank != size - 1))
+    return found
+
+
+def _even_cost(rows: int, size: int, part: int) -> int:
+    """Rows that each rank computes where parts have that size."""
+    return -(-(rows // part) // size) * part + rows % part

@@ -29,6 +29,7 @@ class Entry:
     extra: str = ""  # the extra that installs it
     install: str = ""  # the command that installs it, where no extra can
     problems: str = ""  # "module:function" that says what it refuses without importing the framework
+    before: str = ""  # a module to import before the framework and the user's files: it sets what they read
     preload: tuple[str, ...] = ()  # what a warm process imports before it forks ranks
     fork: bool = True  # False: the framework starts threads at import
 
@@ -109,6 +110,27 @@ STRATEGIES: Mapping[str, Entry] = MappingProxyType({
         problems="unitrain.strategies._torch_refusals:accelerate",
         preload=(*_TORCH, "accelerate"),
     ),
+    "jax": Entry(
+        path="unitrain.strategies.jax:Jax",
+        summary="JAX: one jitted step over a mesh of data, fsdp and tensor axes",
+        framework="jax",
+        requires="flax",
+        package="JAX and Flax",
+        extra="jax",
+        problems="unitrain.strategies._jax_refusals:jax",
+        preload=("jax", "flax.nnx", "unitrain.strategies.jax", "unitrain.trainer", "unitrain.worker"),
+    ),
+    "tensorflow": Entry(
+        path="unitrain.strategies.tensorflow:TensorFlow",
+        summary="TensorFlow: MultiWorkerMirroredStrategy, every rank holds the whole model",
+        framework="tensorflow",
+        requires="tensorflow",
+        package="TensorFlow",
+        extra="tensorflow",
+        problems="unitrain.strategies._tensorflow_refusals:tensorflow",
+        before="unitrain.strategies._tensorflow_environment",
+        preload=("unitrain.strategies.tensorflow", "unitrain.trainer", "unitrain.worker"),
+    ),
 })  # fmt: skip
 
 LAUNCHERS: Mapping[str, Entry] = MappingProxyType({
@@ -188,6 +210,12 @@ def entry(group: str, name: str) -> Entry:
     if not found.installed:
         raise MissingExtra(f"{_SINGULAR[group]} {name!r}", found.package, found.extra, install=found.install)
     return found
+
+
+def prepare(strategy: str) -> None:
+    """Set what a strategy's framework reads from the environment when it is imported. Call it before that."""
+    if module := entry("strategies", strategy).before:
+        importlib.import_module(module)
 
 
 def load(group: str, name: str) -> Any:

@@ -159,6 +159,7 @@ class Strategy(ABC):
 
     name: ClassVar[str]
     framework: ClassVar[str]  # "torch" | "jax" | "tensorflow"
+    even: ClassVar[bool] = False  # True: all ranks run one program, on micro-batches of the same sizes
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -179,6 +180,10 @@ class Strategy(ABC):
     @abstractmethod
     def place(self, arrays: Mapping[str, NDArray[Any]]) -> Mapping[str, Any]:
         """Host arrays as this framework's arrays on this rank's device. Called from the loading thread."""
+
+    def data_share(self, world: World) -> tuple[int, int]:
+        """(index, number): which share of each batch this rank loads, and of how many. Known before `open`."""
+        return world.rank, world.size
 
     @abstractmethod
     def share(self, text: str) -> str:

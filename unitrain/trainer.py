@@ -7,6 +7,7 @@ no backend: an engine does the work of a step, and everything else is a function
 from __future__ import annotations
 
 import contextlib
+import functools
 import secrets
 import shlex
 import signal
@@ -24,6 +25,7 @@ from .data.feed import Feed
 from .data.source import Source
 from .errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, ExitCode, RecipeError, UserError
 from .heartbeat import Phase
+from .keras_backend import settle_keras
 from .policy import due
 from .recipe import OptimizerRecipe, Recipe, StrategyRecipe
 from .recipe_file import load_recipe, refuse_problems
@@ -54,6 +56,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, *, run_dir: Path | str | None = None, world: World | None = None) -> None:
         self.recipe = recipe
+        settle_keras(registry.entry("strategies", recipe.strategy.name).framework)  # which build_model may import
         self.world = world or World.from_environment()
         self.cursor = Cursor()
         self.engines: dict[str, Engine] = {}
@@ -81,6 +84,12 @@ class Trainer:
         Raises RecipeError and other UserErrors where the recipe cannot be used.
         """
         return cls(load_recipe(path, overrides, strategy=strategy), run_dir=run_dir)
+
+    @functools.cached_property
+    def framework(self) -> str:
+        """The framework of the recipe's strategy: torch, jax or tensorflow."""
+        framework: str = registry.load("strategies", self.recipe.strategy.name).framework
+        return framework
 
     # What research code overrides.
 
@@ -291,14 +300,16 @@ class Trainer:
                 "unitrain.Source, for example DatasetSource(dataset) or ArraySource(x=..., y=...)"
             )
         train = self.recipe.train
+        share, shares = self._control.data_share(self.world)
         feed = Feed(
             source,
             seed=train.seed,
             global_batch=train.global_batch,
             micro_batch=train.micro_batch,
-            rank=self.world.rank,
-            size=self.world.size,
+            rank=share,
+            size=shares,
             place=self._control.place,
+            even=self._control.even,
         )
         stack.callback(feed.close)
         return source, feed

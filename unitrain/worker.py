@@ -38,10 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_dir = known.path if known.path.is_dir() and known.run_dir is None else known.run_dir
 
     def build() -> Trainer:
+        from . import registry
+        from .keras_backend import settle_keras
         from .recipe_file import load_recipe
         from .trainer_path import resolve_trainer
 
         recipe = load_recipe(recipe_file, known.overrides)
+        # Before the trainer's file, which may import Keras.
+        settle_keras(registry.entry("strategies", recipe.strategy.name).framework)
+        registry.prepare(recipe.strategy.name)
         return resolve_trainer(recipe.trainer, beside=recipe_file.parent)(recipe, run_dir=run_dir)
 
     return train(build, run_dir, keep_logs=known.keep_logs)

@@ -15,6 +15,12 @@ needs_horovod = pytest.mark.skipif(
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed: pip install 'unitrain[deepspeed]'"
 )
+needs_tensorflow = pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow") is None, reason="needs TensorFlow: pip install 'unitrain[tensorflow]'"
+)
+needs_jax = pytest.mark.skipif(
+    importlib.util.find_spec("flax") is None, reason="needs JAX and Flax: pip install 'unitrain[jax]'"
+)
 ACCELERATE = Path(__file__).parents[1] / "fixtures" / "accelerate"
 
 
@@ -81,6 +87,39 @@ class TestAccelerateZero3Offload(StrategyContract):
     ranks = (2,)
 
 
+@needs_jax
+class TestJax(StrategyContract):
+    strategy = "jax"
+
+
+@needs_jax
+class TestJaxFSDP(StrategyContract):
+    strategy = "jax"
+    options = {"fsdp": 2}
+    ranks = (2,)
+
+
+@needs_jax
+class TestJaxTensor(StrategyContract):
+    strategy = "jax"
+    options = {"tensor": 2}
+    ranks = (2,)
+
+
+@needs_jax
+class TestJaxSeveralDevicesARank(StrategyContract):
+    strategy = "jax"
+    options = {"local_devices": 3}
+    ranks = (1, 2)
+
+
+@needs_jax
+class TestJaxAllAxes(StrategyContract):
+    strategy = "jax"
+    options = {"local_devices": 4, "data": 2, "fsdp": 2, "tensor": 2, "remat": True}
+    ranks = (2,)
+
+
 @needs_deepspeed
 class TestZero1(StrategyContract):
     strategy = "zero1"
@@ -127,4 +166,16 @@ class TestZero3Offload(StrategyContract):
 class TestZero3OffloadInSmallGroups(StrategyContract):
     strategy = "zero3_offload"
     options = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 8}}
+    ranks = (2,)
+
+
+@needs_tensorflow
+class TestTensorFlow(StrategyContract):
+    strategy = "tensorflow"
+
+
+@needs_tensorflow
+class TestTensorFlowCompiled(StrategyContract):
+    strategy = "tensorflow"
+    options = {"jit_compile": True, "communication": "ring"}
     ranks = (2,)

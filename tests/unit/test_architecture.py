@@ -28,6 +28,7 @@ FRAMEWORKS = {
     "torch": {"torch", "torchvision"},
     "jax": {"jax", "jaxlib", "flax", "optax"},
     "tensorflow": {"tensorflow", "keras"},
+    "keras": {"keras"},
 }
 # what stands on one of those, or replaces this package's own work
 BACKENDS = {"deepspeed", "horovod", "ray", "accelerate", "lightning", "pytorch_lightning", "transformers", "mpi4py"}
@@ -48,7 +49,7 @@ FORBIDDEN_CALLS = {
 }
 
 # files of the core that belong to a framework
-BOUND = {"_torch": "torch", "_jax": "jax", "_tf": "tensorflow"}  # endings in unitrain/models, testing, importers
+BOUND = {"_torch": "torch", "_jax": "jax", "_tf": "tensorflow", "_keras": "keras"}  # endings of files' names
 
 # who reads the environment, and why; everybody else asks unitrain.world
 ENVIRONMENT_READERS = {"unitrain.world": "the one place that knows what each starter sets"}
@@ -111,9 +112,7 @@ class Module:
     @property
     def framework(self) -> str | None:
         """The framework that a file of the core is written in."""
-        if self.name.startswith("unitrain.tasks."):
-            return "torch"
-        if self.name.startswith(("unitrain.models.", "unitrain.testing.", "unitrain.importers.")):
+        if self.name.startswith(("unitrain.models.", "unitrain.tasks.", "unitrain.testing.", "unitrain.importers.")):
             return next((framework for ending, framework in BOUND.items() if self.name.endswith(ending)), None)
         return None
 
@@ -277,7 +276,7 @@ def _registered_framework(name: str) -> tuple[str | None, set[str]]:
 def _backends(name: str) -> set[str]:
     """The backends in the name of a file that strategies share."""
     last = name.rpartition(".")[2]
-    return BACKENDS & set(last.split("_")) if last.startswith("_") else set()
+    return (BACKENDS | {"keras"}) & set(last.split("_")) if last.startswith("_") else set()
 
 
 def a_launcher_imports_core_alone(module: Module) -> Iterator[str]:
@@ -375,7 +374,9 @@ SEEDS: dict[Rule, list[tuple[str, str, str]]] = {
         ("models.hf_torch", "import transformers", ""),
         ("models.hf_config", "import transformers", "imports transformers"),
         ("models.gpt_jax", "import torch", "imports torch"),
-        ("tasks.language", "import torch", ""),
+        ("tasks.language", "import torch", "imports torch"),
+        ("tasks.language_torch", "import torch", ""),
+        ("tasks.language_jax", "import torch", "imports torch"),
         ("testing.kit", "import torch", "imports torch"),
         ("testing.kit", "def f():\n    import torch", ""),
         ("testing.kit_torch", "import torch", ""),
@@ -414,8 +415,14 @@ SEEDS: dict[Rule, list[tuple[str, str, str]]] = {
         ("strategies._torch_deepspeed_state", "import deepspeed", ""),
         ("strategies._torch_deepspeed_state", "import accelerate", "a framework that is not its own"),
         ("strategies.ddp", "from ._torch_deepspeed import X", "at top level, which is of another backend"),
+        ("strategies._torch_keras", "import keras", ""),
+        ("strategies._torch", "import keras", "a framework that is not its own"),
+        ("strategies._torch", "from ._torch_keras import X", "at top level, which is of another backend"),
         ("strategies.ddp", "def f():\n    from ._torch_deepspeed import X", ""),
         ("strategies.deepspeed", "from ._torch_deepspeed import X", ""),
+        ("strategies.tensorflow", "import keras, tensorflow", ""),
+        ("strategies._tensorflow_engine", "import torch", "a framework that is not its own"),
+        ("strategies.tensorflow", "from ._torch_engine import X", "of its own family only"),
     ],
     a_launcher_imports_core_alone: [
         ("launchers.local", "from ..strategies import ddp", "nothing of what they start"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -144,6 +145,11 @@ def test_make_has_the_targets_that_pages_name(page: Path) -> None:
 
 def test_the_readme_lists_every_strategy_and_launcher() -> None:
     assert list(broken_table((ROOT / "README.md").read_text(encoding="utf-8"))) == []
+
+
+def test_generated_pages_are_current() -> None:
+    for name, text in runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"].items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text(), f"{name}: run python docs/generate.py"
 
 
 def test_the_readme_shows_the_recipe_that_the_demo_runs() -> None:

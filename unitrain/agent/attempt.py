@@ -21,6 +21,7 @@ from ..world import LOOPBACK
 from .hang import Hang, Watch, stacks_file, write_stacks
 from .job import AgentJob
 from .logs import GrowingFile, attempt_number, rank_log
+from .noise import NoiseFilter
 from .rank import RankStart
 from .records import append_event, hostname, write_agent
 from .report import Failure, first_failure
@@ -132,6 +133,7 @@ class Attempt:
                 self._start(port)
                 while any(rank.alive for rank in self._ranks.values()):
                     self._tick()
+                self.screen.text(self._noise.rest())
             finally:
                 self._clear()
             return self._outcome()
@@ -154,7 +156,7 @@ class Attempt:
                 slot=local_rank,
             )
             self._ranks[rank] = Rank(start, pipe)
-        self._first_log = GrowingFile(rank_log(self._folder, 0))
+        self._first_log, self._noise = GrowingFile(rank_log(self._folder, 0)), NoiseFilter()
         self._starter.start([rank.start for rank in self._ranks.values()])
         self._listen()
 
@@ -201,7 +203,7 @@ class Attempt:
         for rank in self._ranks.values():
             for message in rank.messages():
                 self._on_message(rank, message)
-        self.screen.text(self._first_log.read(min(written, self._quiet_from)))
+        self.screen.text(self._noise.without_noise(self._first_log.read(min(written, self._quiet_from))))
         for event in news:
             self._on_news(event)
         self._look_for_hang()

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..batch import Batch, MicroBatch
-from ..cursor import micro_rows, mix, num_microbatches, rank_rows, sample_ids
+from ..cursor import even_parts, micro_rows, mix, num_microbatches, rank_rows, sample_ids
 from ..errors import DataError, UnitrainError
 from .source import Source, unreadable
 
@@ -25,8 +25,8 @@ _CLOSE_SECONDS = 2.0  # a source that answers no more is left behind after this 
 class Feed:
     """This rank's share of each global batch. One thread loads; one other thread takes.
 
-    `place` turns host arrays into the framework's, in the loading thread. A source that fails is reported by
-    `Batch.micro()`, as a DataError that names the sample.
+    `place` turns host arrays into the framework's, in the loading thread. With `even`, micro-batches have as many rows
+    on every rank. A source that fails is reported by `Batch.micro()`, as a DataError that names the sample.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class Feed:
         rank: int,
         size: int,
         place: Place,
+        even: bool = False,
         ahead: int = 2,
     ) -> None:
         self._num_samples = len(source)
@@ -47,7 +48,7 @@ class Feed:
         self._source, self._place = source, place
         self._tokens_per_sample = source.tokens_per_sample  # here, where a mistake in a source is told at once
         self._seed, self._global_batch, self._micro_batch = seed, global_batch, micro_batch
-        self._rank, self._size = rank, size
+        self._rank, self._size, self._even = rank, size, even
         self._ahead = ahead
         self._wanted: SimpleQueue[tuple[_Reader, int] | None] = SimpleQueue()
         self._training = _Reader(self._training_ids, (seed,))
@@ -124,11 +125,15 @@ class Feed:
                 loaded.fail(error)
 
     def _micro_batches(self, ids: NDArray[np.int64], key: tuple[int, ...]) -> list[MicroBatch]:
-        rows = rank_rows(len(ids), self._rank, self._size)
-        parts = micro_rows(rows, num_microbatches(len(ids), self._size, self._micro_batch))
-        return [self._micro(ids, part, mix(*key, part.start)) for part in parts]
+        if self._even:
+            parts = even_parts(len(ids), self._rank, self._size, self._micro_batch)
+        else:
+            rows = rank_rows(len(ids), self._rank, self._size)
+            shares = micro_rows(rows, num_microbatches(len(ids), self._size, self._micro_batch))
+            parts = [(share, not share) for share in shares]
+        return [self._micro(ids, part, mix(*key, part.start), filler) for part, filler in parts]
 
-    def _micro(self, ids: NDArray[np.int64], part: range, key: int) -> MicroBatch:
+    def _micro(self, ids: NDArray[np.int64], part: range, key: int, filler: bool) -> MicroBatch:
         """Those rows of the global batch; its first row as a filler where the part is empty."""
         chosen = ids[part.start : part.stop] if part else ids[:1]
         arrays = self._fetch(chosen)
@@ -142,7 +147,7 @@ class Feed:
                 f"samples of {self._source!r} could not be moved to the device: {type(error).__name__}: {error}; "
                 f"they are {found}"
             ) from error
-        return MicroBatch(placed, len(chosen), key, filler=not part)
+        return MicroBatch(placed, len(chosen), key, filler=filler)
 
     def _fetch(self, ids: NDArray[np.int64]) -> Mapping[str, NDArray[Any]]:
         try:

@@ -24,7 +24,13 @@ from .initial import Initial, by_name, constant, fan_in_normal, normal
 class GPT:
     """A decoder-only transformer: RMSNorm before each part, RoPE, SwiGLU, no biases."""
 
-    modules: ClassVar[Mapping[str, str]] = MappingProxyType({"torch": "unitrain.models.gpt_torch:GPTModule"})
+    modules: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "torch": "unitrain.models.gpt_torch:GPTModule",
+            "jax": "unitrain.models.gpt_jax:GPTModule",
+            "tensorflow": "unitrain.models.gpt_keras:GPTModule",
+        }
+    )
 
     size: str = key("tiny", "`tiny` (1 million parameters on bytes), `small` (14 million), `124m` or `1b`")
     layers: int | None = key(None, "transformer blocks; null: as the size has them")
@@ -136,7 +142,13 @@ SIZES: Mapping[str, Mapping[str, int]] = MappingProxyType({
 class MLP:
     """Fully connected layers with ReLU between them."""
 
-    modules: ClassVar[Mapping[str, str]] = MappingProxyType({"torch": "unitrain.models.mlp_torch:MLPModule"})
+    modules: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "torch": "unitrain.models.mlp_torch:MLPModule",
+            "jax": "unitrain.models.mlp_jax:MLPModule",
+            "tensorflow": "unitrain.models.mlp_keras:MLPModule",
+        }
+    )
 
     in_features: int = key(64, "numbers of one sample, whatever their arrangement")
     hidden: tuple[int, ...] = key((128, 128), "widths of the hidden layers, first to last; []: a linear model")
@@ -176,9 +188,18 @@ class MLP:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvNet:
-    """A small residual convolutional network: each convolution after a norm, the image's mean, a linear layer."""
+    """A small residual convolutional network: each convolution after a norm, the image's mean, a linear layer.
 
-    modules: ClassVar[Mapping[str, str]] = MappingProxyType({"torch": "unitrain.models.convnet_torch:ConvNetModule"})
+    SiLU and not ReLU: at ReLU's kink a difference in the last bit becomes one of the whole gradient.
+    """
+
+    modules: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "torch": "unitrain.models.convnet_torch:ConvNetModule",
+            "jax": "unitrain.models.convnet_jax:ConvNetModule",
+            "tensorflow": "unitrain.models.convnet_keras:ConvNetModule",
+        }
+    )
 
     in_channels: int = key(1, "channels of an image; a sample of height x width alone counts as one channel")
     channels: int = key(32, "channels inside")

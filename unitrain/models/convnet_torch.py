@@ -25,7 +25,7 @@ class ConvNetModule(nn.Module):
         x = self.stem(x.unsqueeze(1) if x.dim() == 3 else x)
         for block in self.blocks:
             x = block(x)
-        logits: Tensor = self.head(nn.functional.relu(self.norm(x)).mean(dim=(2, 3)))
+        logits: Tensor = self.head(nn.functional.silu(self.norm(x)).mean(dim=(2, 3)))
         return logits
 
     def sharding_units(self) -> list[nn.Module]:
@@ -45,8 +45,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(rows, channels, height, width) to the same shape."""
-        inner: Tensor = self.conv1(nn.functional.relu(self.norm1(x)))
-        inner = self.conv2(nn.functional.relu(self.norm2(inner)))
+        inner: Tensor = self.conv1(nn.functional.silu(self.norm1(x)))
+        inner = self.conv2(nn.functional.silu(self.norm2(inner)))
         return x + inner
 
 

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-
-from torch import Tensor, nn
 
 from ..errors import RecipeError
 from ..models.config import MLP, ConvNet
-from ..strategy import Loss
 from .named import NamedModel, named_model
 
 
 class Classification(NamedModel):
     """`model:` is an mlp or a convnet; `data:` a source of arrays x (rows, ...), float32, and y (rows,), int64."""
-
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
-        """Cross entropy in nats, in fp32, summed over rows; also the share of rows that are classified correctly."""
-        logits, classes = model(batch["x"]).float(), batch["y"].long()
-        total = nn.functional.cross_entropy(logits, classes, reduction="sum")
-        correct = (logits.argmax(dim=1) == classes).sum()
-        return Loss(total, len(classes), {"accuracy": (correct, len(classes))})
 
     @functools.cached_property
     def config(self) -> MLP | ConvNet:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 
 import numpy as np
-from torch import Tensor, nn
 
 from ..models.config import GPT
-from ..models.gpt_torch import generate, logits_of
 from ..models.hf_config import HF
-from ..strategy import Loss
 from .named import NamedModel, named_model
 
 SAMPLE_PROMPT, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 32, 160, 0.8
@@ -22,15 +18,6 @@ class LanguageModel(NamedModel):
 
     A source may also give weight (rows, seq_len), float32: how much each target counts, 0 for padding.
     """
-
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
-        """Cross entropy in nats, in fp32: the sum over tokens and the number of tokens."""
-        logits = logits_of(model(batch["tokens"].long())).flatten(0, 1).float()
-        targets, weight = batch["targets"].long().flatten(), batch.get("weight")
-        if weight is None:
-            return Loss(nn.functional.cross_entropy(logits, targets, reduction="sum"), len(targets))
-        each = nn.functional.cross_entropy(logits, targets, reduction="none")
-        return Loss((each * weight.flatten()).sum(), weight.sum())
 
     def flops_per_sample(self) -> float | None:
         """See Trainer."""
@@ -50,7 +37,12 @@ class LanguageModel(NamedModel):
         prompt = source.fetch(np.array([0]))["tokens"][0, :SAMPLE_PROMPT].tolist()
         # On every rank: where the model is sharded, each forward pass is a collective.
         tokens = self.engines["model"].call(
-            generate, prompt, SAMPLE_TOKENS, SAMPLE_TEMPERATURE, self.recipe.train.seed, source.tokens_per_sample
+            self.native.generate,
+            prompt,
+            SAMPLE_TOKENS,
+            SAMPLE_TEMPERATURE,
+            self.recipe.train.seed,
+            source.tokens_per_sample,
         )
         if self.world.first:
             print(f"a sample, after the prompt {decode(prompt)!r}:\n{decode(tokens[len(prompt) :])}", flush=True)

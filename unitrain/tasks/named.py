@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
+import importlib.util
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from .. import registry
 from ..data.source import Source
-from ..errors import RecipeError
+from ..errors import RecipeError, Refused
 from ..models.hf_config import HF
 from ..recipe import Recipe
 from ..schema import build
 from ..strategy import Role
 from ..trainer import Trainer
+
+SUFFIXES = {"torch": "torch", "jax": "jax", "tensorflow": "tf"}  # framework -> how its files of a task or model end
 
 
 class NamedModel(Trainer):
@@ -28,10 +32,35 @@ class NamedModel(Trainer):
         """The model's options, once they have proved to fit the data. Raises RecipeError."""
         raise NotImplementedError
 
-    def build_model(self) -> nn.Module:
+    def build_model(self) -> Any:
         """See Trainer."""
-        module: nn.Module = registry.resolve(self.config.modules["torch"])(self.config)
-        return module
+        modules = self.config.modules
+        if self.framework not in modules:
+            raise Refused(
+                f"model {self.recipe.model.name!r} is not written for {self.framework}; use a strategy of "
+                f"{' or '.join(modules)}, or another model"
+            )
+        return registry.resolve(modules[self.framework])(self.config)
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        """See Trainer. By the file of this task for the strategy's framework."""
+        return self.native.loss(self, model, batch)
+
+    @functools.cached_property
+    def native(self) -> ModuleType:
+        """What this task does in the strategy's framework."""
+        module = f"{type(self)._task().__module__}_{SUFFIXES[self.framework]}"
+        if importlib.util.find_spec(module) is None:
+            raise Refused(
+                f"{self.recipe.trainer} is written for torch alone; use --strategy ddp or fsdp2, not "
+                f"{self.recipe.strategy.name}"
+            )
+        return importlib.import_module(module)
+
+    @classmethod
+    def _task(cls) -> type:
+        """The class of this folder that the trainer's class is, or comes from."""
+        return next(kind for kind in cls.__mro__ if kind.__module__.startswith(f"{__package__}."))
 
     def initial(self, name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
         """See Trainer."""

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
-
 from ..errors import RecipeError
-from ..models.gpt_torch import logits_of
 from ..models.hf_config import HF
-from ..strategy import Loss
 from .named import NamedModel, named_model
 
 
@@ -20,24 +15,14 @@ class SequenceClassification(NamedModel):
     same shape, 1 on tokens and 0 on padding, and y (rows,), int64.
     """
 
-    def build_model(self) -> nn.Module:
+    def build_model(self) -> Any:
         """See Trainer."""
         model: Any = super().build_model()
         if model.config.pad_token_id is None:
             # A decoder's class is read at the last token that is no padding.
             model.config.pad_token_id = self._source().pad  # type: ignore[attr-defined]  # of labelled texts
         self.pad = model.config.pad_token_id
-        built: nn.Module = model
-        return built
-
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
-        """Cross entropy in nats, in fp32, summed over rows; also the share of rows that are classified correctly."""
-        mask, classes = batch["mask"].long(), batch["y"].long()
-        tokens = batch["tokens"].long().masked_fill(mask == 0, self.pad)
-        logits = logits_of(model(tokens, attention_mask=mask)).float()
-        total = nn.functional.cross_entropy(logits, classes, reduction="sum")
-        correct = (logits.argmax(dim=1) == classes).sum()
-        return Loss(total, len(classes), {"accuracy": (correct, len(classes))})
+        return model
 
     @functools.cached_property
     def config(self) -> HF:

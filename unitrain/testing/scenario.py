@@ -27,7 +27,11 @@ from .toy import ToySource, initial_value
 SEED, GLOBAL_BATCH, FIRST, SECOND, POISONED = 7, 10, 4, 8, 3
 OPTIMIZER = OptimizerRecipe(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, clip=0.5)
 OTHER_SEED = 8  # of an engine whose state is about to be loaded
-MODELS = {"torch": "unitrain.testing.toy_torch"}  # framework -> module with ToyModel and toy_loss
+MODELS = {  # framework -> module with ToyModel, toy_loss and probe
+    "torch": "unitrain.testing.toy_torch",
+    "jax": "unitrain.testing.toy_jax",
+    "tensorflow": "unitrain.testing.toy_tf",
+}
 TIMEOUT_SECONDS = 240
 
 
@@ -176,14 +180,16 @@ class _Rank:
 
     def _feed(self, source: Source) -> Feed:
         train = self.recipe.train
+        share, shares = self.strategy.data_share(self.world)
         return Feed(
             source,
             seed=train.seed,
             global_batch=train.global_batch,
             micro_batch=train.micro_batch,
-            rank=self.world.rank,
-            size=self.world.size,
+            rank=share,
+            size=shares,
             place=self.strategy.place,
+            even=self.strategy.even,
         )
 
     def _train(self, engine: Engine, feed: Feed, steps: range) -> list[dict[str, float]]:
