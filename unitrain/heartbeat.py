@@ -5,16 +5,19 @@ A beat is a few stores into that memory: no system call and no clock. The agent 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import mmap
 import os
 from enum import IntEnum
+from pathlib import Path
 from typing import NamedTuple
 
-_BEATS, _PHASE, _STEP, _FINISHED, _BEGAN, _SAVED = range(6)
+_BEATS, _PHASE, _STEP, _FINISHED, _BEGAN, _SAVED, _ASKED = range(7)
 _SLOT_NUMBERS = 8  # one cache line a rank
 _SLOT_BYTES = 8 * _SLOT_NUMBERS
 _NONE = -1
+_NAME = "unitrain-heartbeats"
 
 
 class Phase(IntEnum):
@@ -70,20 +73,38 @@ class Heartbeat:
         self._slot[_BEGAN] = step
 
     def saved(self, step: int) -> None:
-        """The checkpoint of this step is durable."""
-        self._slot[_SAVED] = step
+        """The checkpoint of this step is durable, or its snapshot outlives this rank."""
+        self._slot[_SAVED] = max(step, self._slot[_SAVED])
+
+    @property
+    def asked_to_leave(self) -> bool:
+        """True when the agent wants to go on with another number of ranks."""
+        return bool(self._slot[_ASKED])
 
 
 class Heartbeats:
     """The slots of all ranks of one node, in memory of the agent's that has no name."""
 
     def __init__(self, ranks: int) -> None:
-        self.fd = os.memfd_create("unitrain-heartbeats", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create(_NAME, os.MFD_CLOEXEC)
         os.ftruncate(self.fd, ranks * _SLOT_BYTES)
         self._memory = mmap.mmap(self.fd, ranks * _SLOT_BYTES)
         self._slots = [_slot(self._memory, number) for number in range(ranks)]
         for slot in self._slots:
             slot[_BEGAN] = slot[_SAVED] = _NONE
+
+    @classmethod
+    def of_agent(cls, pid: int) -> Heartbeats | None:
+        """The same memory, as another process of the same user may look at it; None where that agent holds none."""
+        fd = _shown(f"/proc/{pid}/fd")
+        if fd is None:
+            return None
+        seen = cls.__new__(cls)
+        seen.fd = fd
+        num_bytes = os.fstat(fd).st_size
+        seen._memory = mmap.mmap(fd, num_bytes, access=mmap.ACCESS_READ)
+        seen._slots = [_slot(seen._memory, number) for number in range(num_bytes // _SLOT_BYTES)]
+        return seen
 
     def pulse(self, number: int) -> Pulse:
         """What the rank of that slot has told."""
@@ -99,6 +120,11 @@ class Heartbeats:
             saved=None if saved == _NONE else saved,
         )
 
+    def ask_to_leave(self) -> None:
+        """Let every rank know that it should save and leave, for another number of ranks to go on."""
+        for slot in self._slots:
+            slot[_ASKED] = 1
+
     def close(self) -> None:
         """Give up the memory; ranks that still hold it harm nobody."""
         for slot in self._slots:
@@ -110,3 +136,13 @@ class Heartbeats:
 def _slot(memory: mmap.mmap, number: int) -> memoryview:
     numbers = memoryview(memory).cast("q")
     return numbers[number * _SLOT_NUMBERS : (number + 1) * _SLOT_NUMBERS]
+
+
+def _shown(folder: str) -> int | None:
+    """A descriptor of the memory, to read only, from what the kernel shows of a process that holds it."""
+    with contextlib.suppress(OSError):  # the process has just ended
+        for link in Path(folder).iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it has just closed that one
+                if f"memfd:{_NAME} " in os.readlink(link):
+                    return os.open(link, os.O_RDONLY | os.O_CLOEXEC)
+    return None

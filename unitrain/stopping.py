@@ -18,6 +18,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 ASK_SECONDS = 0.2  # a grace is seconds, and an exchange between ranks a fraction of a millisecond
 _MOST_STEPS = 1024
 _SECOND_THOUGHTS_SECONDS = 1.0  # one Ctrl-C may arrive twice
+RESIZE = -1  # in place of a signal's number: save and leave, for another number of ranks to go on
 _REQUEST = "stop"  # file in the run's folder by which a rank tells rank 0, where no agent does
 
 
@@ -70,17 +71,21 @@ class Agreement:
             self._request.unlink(missing_ok=True)  # of an earlier attempt
 
     def stop(self, step: int, caught: int) -> int:
-        """The signal that ends the run before step `step + 1`; 0: none. Call it on every rank at every step."""
+        """The signal that ends the run before step `step + 1`, or RESIZE; 0: none. Call it on all ranks, every step."""
         if caught and not self._told:
             self._told = True
             self._tell(caught)
         if self._world.size == 1:
-            return caught
+            return caught or self._asked_to_leave()
         if self._next is not None and step < self._next:
             return 0
         number, interval = map(int, self._share(self._answer(step, caught)).split())
         self._interval, self._next = interval, step + interval
         return number
+
+    def ask_soon(self) -> None:
+        """The steps begin again at an earlier one, on all ranks."""
+        self._next = None
 
     def _tell(self, caught: int) -> None:
         """Let the agent know that the end was asked for, or rank 0."""
@@ -89,12 +94,17 @@ class Agreement:
         elif not self._world.first:
             self._request.write_text(str(caught))
 
+    def _asked_to_leave(self) -> int:
+        beat = self._world.heartbeat
+        return RESIZE if beat is not None and beat.asked_to_leave else 0
+
     def _answer(self, step: int, caught: int) -> str:
         """Rank 0's: which signal, and how many steps to the next question."""
         if not self._world.first:
             return ""
         if not caught and self._world.agent_fd is None and self._request.exists():
             caught = signal.SIGTERM
+        caught = caught or self._asked_to_leave()
         now, interval = time.monotonic(), 1
         if self._next is not None:
             seconds = (now - self._asked_at) / (step - self._asked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import random
 import re
@@ -18,6 +19,7 @@ import pytest
 
 from unitrain.agent.hang import is_stopped
 from unitrain.agent.records import AGENT, Process, read_record
+from unitrain.audit import audit
 from unitrain.checkpoint import CheckpointReader
 from unitrain.cursor import sample_ids
 from unitrain.recipe import Recipe
@@ -174,6 +176,8 @@ def test_a_run_whose_ranks_are_killed_goes_on_by_itself(
         ended = going.ended().succeeded()
         assert_same(run, whole[shape])
         assert [event["rank"] for event in events(run, "restart")] == [rank for rank, _ in kills]
+        assert len(list(run.glob("failures/*/capsule.json"))) == len(kills)
+        assert audit(Run(run)).problems == []
         assert max(redone(run)) <= EVERY
         assert ended.err.count("was killed by SIGKILL") == len(kills), "each restart is one line"
         assert f"restart 3, from step {events(run, 'restart')[-1]['step']}" in ended.err
@@ -199,6 +203,10 @@ def test_a_stopped_rank_is_named_as_hung_and_replaced(folder: Path, whole: dict[
     assert "rank 1 hangs: it made no progress in step" in ended.err
     assert "stopped by a signal" in ended.err
     assert sorted(path.name for path in run.glob("logs/*/stacks-*")) == ["stacks-rank-0.txt", "stacks-rank-1.txt"]
+    capsule = json.loads((run / "failures" / "0001" / "capsule.json").read_text())
+    assert (capsule["how"], capsule["rank"], capsule["step"]) == ("hang", 1, hang["step"] + 1)
+    assert capsule["sample_ids"] == sample_ids(0, hang["step"], 10, NUM_ROWS["train"]).tolist()
+    assert capsule["stacks"] == hang["stacks"]
 
 
 def test_an_exception_that_comes_once_is_survived_and_named(folder: Path, whole: dict[str, Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -151,6 +152,16 @@ class FailsOnce(Slow):
             marker.touch()
             raise RuntimeError("this step fails once")
         return super().step(batch)
+
+
+class LostSlot(Slow):
+    """Rank 1 never comes to its first step."""
+
+    def build_source(self, split: str) -> unitrain.Source:
+        """It ends without a word."""
+        if self.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().build_source(split)
 
 
 class NeverSteps(Rows):

@@ -10,13 +10,13 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ExitCode
-from ..heartbeat import Heartbeats
+from ..heartbeat import Heartbeats, Phase
 from ..world import LOOPBACK
 from .hang import Hang, Watch, stacks_file, write_stacks
 from .job import AgentJob
@@ -29,8 +29,10 @@ from .screen import LivePanel, Stream
 from .signals import STOPPING, SignalPipe, signal_group
 from .starters import Ended, Started, Starter
 
+_CHUNK_BYTES, _CHUNKS_AT_ONCE = 65536, 64
 _TICK_SECONDS = 0.05  # rank 0's log is a file, and nothing else tells that it grew
 _SETTLE_SECONDS = 0.2  # from the first sign of a failure to ending the others, so that the cause can still speak
+_MESSAGE_BYTES = 4 << 20  # of one message of a rank; what is longer is dropped, and its memory with it
 _SAME_SIGNAL_SECONDS = 1.0  # one Ctrl-C may come twice, from the terminal and from the launcher
 
 
@@ -44,6 +46,7 @@ class Rank:
     code: int | None = None  # how it ended; None: it has not
     spoke: bool = False  # it has told of an error
     unread: bytes = b""
+    overlong: bool = False  # the line of which `unread` was the start is too long
 
     @property
     def alive(self) -> bool:
@@ -52,16 +55,22 @@ class Rank:
 
     def messages(self) -> list[dict[str, Any]]:
         """What the rank has told since the last call."""
+        told = []
         try:
-            while chunk := os.read(self.pipe, 65536):
-                self.unread += chunk
+            # Not until the pipe is empty: a rank that writes without end must not keep the agent from its work.
+            for _ in range(_CHUNKS_AT_ONCE):
+                chunk = os.read(self.pipe, _CHUNK_BYTES)
+                if not chunk:
+                    break
+                *lines, rest = chunk.split(b"\n")
+                for line in lines:
+                    if not self.overlong and (message := _message(self.unread + line)) is not None:
+                        told.append(message)
+                    self.unread, self.overlong = b"", False
+                self.overlong = self.overlong or len(self.unread) + len(rest) > _MESSAGE_BYTES
+                self.unread = b"" if self.overlong else self.unread + rest
         except BlockingIOError:
             pass
-        *lines, self.unread = self.unread.split(b"\n")
-        told = []
-        for line in lines:
-            with contextlib.suppress(ValueError):  # two threads of a rank wrote long lines at once
-                told.append(json.loads(line))
         return told
 
 
@@ -72,8 +81,10 @@ class Outcome:
     number: int
     codes: Mapping[int, int]  # rank -> how its process ended
     failure: Failure | None  # the first one
+    step: int | None  # of the rank that failed: the one it was in; None: it had not begun
     failed_at: float  # when its first sign was seen, time.monotonic()
     signal: int | None  # the first that asked the run to stop
+    resized: bool  # all ranks saved and left because another number of them is to go on
     finished: int  # steps
     began: int | None  # step from which it went on; None: it did not come so far
     saved: int | None  # newest step that it made durable
@@ -103,11 +114,14 @@ class Attempt:
         environ: Mapping[str, str],
         screen: Stream | LivePanel,
         signals: SignalPipe,
+        memory_fd: int,
+        resize_due: Callable[[], bool] = lambda: False,
     ) -> None:
         self.job, self.run_dir, self.screen = job, run_dir, screen
         self._folder, self._number = folder, attempt_number(folder)
         self._node, self._restarts, self._environ = node, restarts, environ
-        self._signals = signals
+        self._signals, self._memory_fd = signals, memory_fd
+        self._resize_due, self._resizing = resize_due, False
         self._ranks: dict[int, Rank] = {}
         self._failures: list[Failure] = []
         self._watch = Watch(job.hang_seconds)
@@ -153,6 +167,7 @@ class Attempt:
                 log=str(log),
                 agent_fd=agent_fd,
                 heartbeat_fd=self._heartbeats.fd,
+                memory_fd=self._memory_fd,
                 slot=local_rank,
             )
             self._ranks[rank] = Rank(start, pipe)
@@ -207,6 +222,7 @@ class Attempt:
         for event in news:
             self._on_news(event)
         self._look_for_hang()
+        self._resize_if_due()
         self._stop_if_due()
 
     def _on_signal(self, number: int) -> None:
@@ -288,6 +304,14 @@ class Attempt:
         )
         self._failed(failure)
 
+    def _resize_if_due(self) -> None:
+        """Once every rank is in its steps, and so knows from where another group would go on."""
+        if self._resizing or self._failures or self._signal is not None or not self._resize_due():
+            return
+        if all(self._heartbeats.pulse(rank.start.slot).finished for rank in self._ranks.values()):
+            self._resizing = True
+            self._heartbeats.ask_to_leave()
+
     def _stop_if_due(self) -> None:
         """When one has failed, the others wait for it in vain and are killed; who is asked to stop may save first."""
         now = time.monotonic()
@@ -322,18 +346,51 @@ class Attempt:
                 if stacks.stat().st_size == 0:  # nobody asked
                     stacks.unlink()
 
+    def _step_of(self, number: int) -> int | None:
+        """The step that a rank was in by its last beat, from 1."""
+        pulse = self._heartbeats.pulse(self._ranks[number].start.slot)
+        return None if not pulse.beats or pulse.phase == Phase.STARTING else pulse.step + (pulse.phase == Phase.STEP)
+
     def _outcome(self) -> Outcome:
         pulses = [self._heartbeats.pulse(rank.start.slot) for rank in self._ranks.values()]
+        codes = {number: rank.code for number, rank in self._ranks.items() if rank.code is not None}
+        left = set(codes.values()) == {ExitCode.PREEMPTED} and not self._failures and self._signal is None
+        failure = first_failure(self._failures) if self._failures else None
         return Outcome(
             number=self._number,
-            codes={number: rank.code for number, rank in self._ranks.items() if rank.code is not None},
-            failure=first_failure(self._failures) if self._failures else None,
+            codes=codes,
+            resized=self._resizing and left,
+            failure=failure,
+            step=None if failure is None else self._step_of(failure.rank),
             failed_at=self._first_sign,
             signal=self._signal,
             finished=max(pulse.finished for pulse in pulses),
             began=max((pulse.began for pulse in pulses if pulse.began is not None), default=None),
             saved=max((pulse.saved for pulse in pulses if pulse.saved is not None), default=None),
         )
+
+
+def _message(line: bytes) -> dict[str, Any] | None:
+    """What a rank has told, if that can be understood: two of its threads may write long lines at once."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
+        return None
+    wanted = _FACTS.get(message["kind"], {})
+    return message if all(isinstance(message.get(name), kind) for name, kind in wanted.items()) else None
+
+
+# kind of a message -> what it must tell, beside what only the screen shows
+_FACTS: Mapping[str, Mapping[str, Any]] = {
+    "signal": {"number": int},
+    "progress": {"record": dict, "line": str, "steps": int},
+    "error": {
+        **{"rank": int, "pid": int, "exit_code": int, "monotonic": float, "log_size": int | None},
+        **{"host": str, "type": str, "message": str, "traceback": str},
+    },
+}
 
 
 @contextlib.contextmanager

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExitCode
+from ..world import environment
 from .local_job import job_state
 from .logs import attempt_folders, rank_log
 from .records import EVENTS, append_event, read_record, write_exit, write_record
-from .report import Failure, failure_block, failure_exit_code, first_failure, next_command
+from .report import Failure, failure_block, failure_exit_code, first_failure, keep_capsule, next_command
 from .screen import say
 
 FOLDER = "failures"
@@ -58,13 +59,14 @@ def conclude(run_dir: Path, code: int, caught: int | None) -> int:
         failure = first_failure(failures)
         ours = failure_exit_code(failure)
         facts = {"rank": failure.rank, "error": failure.error}
+        capsule = keep_capsule(failure, run_dir, environment())
         append_event(run_dir, "fault", **facts)
     append_event(run_dir, "stop", exit_code=ours)
     write_exit(run_dir, ours, **facts)
     if ours == ExitCode.PREEMPTED:
         say(f"stopped after a save; {next_command(run_dir)}")
     if facts:
-        say(failure_block(failure, run_dir, log_shown=failure.rank == 0))
+        say(failure_block(failure, run_dir, log_shown=failure.rank == 0, capsule=capsule))
     return ours
 
 
@@ -76,6 +78,6 @@ def _preempted(run_dir: Path, since: float) -> dict[str, Any] | None:
             event = json.loads(line)
         except ValueError:
             continue  # torn by a crash
-        if event["event"] in ("start", "preempt") and event["time"] >= since:
+        if isinstance(event, dict) and event.get("event") in ("start", "preempt") and event.get("time", 0) >= since:
             last = event
     return last if last is not None and last["event"] == "preempt" else None

@@ -74,11 +74,14 @@ def job_status(run_dir: Path, job_id: str) -> JobStatus:
         return JobStatus("unknown", detail=f"it was started on {process.host}; ask there")
     if ended is None:
         return JobStatus("failed", detail=f"its process {process.pid} is gone and has left no exit code")
-    code = ended["exit_code"]
+    found = ended.get("exit_code")
+    if type(found) is not int:
+        raise UserError(f"{run_dir / EXIT} is damaged: its exit code is {str(found)[:40]!r}")
+    code: Any = found
     if code in _STOPPED:
         return JobStatus("cancelled", code, f"stopped by {_STOPPED[code]}")
     states = {ExitCode.DONE: "done", ExitCode.PREEMPTED: "preempted"}
-    return JobStatus(states.get(code, "failed"), code, ended.get("error", ""))
+    return JobStatus(states.get(code, "failed"), code, str(ended.get("error", "")))
 
 
 def job_log(run_dir: Path, *, rank: int, follow: bool) -> Iterator[str]:
@@ -122,6 +125,9 @@ def job_state(run_dir: Path) -> dict[str, Any]:
     state = read_record(run_dir / STATE)
     if state is None:
         raise UserError(f"no job was started in {run_dir}; start one with unitrain launch")
+    kinds = {"job_id": str, "submitted": float, "attempt": int, "process": dict}
+    if odd := [key for key, kind in kinds.items() if type(state.get(key)) is not kind]:
+        raise UserError(f"{run_dir / STATE} is damaged: it has no {' and no '.join(odd)}; start the run anew")
     return state
 
 
@@ -129,7 +135,10 @@ def _process(run_dir: Path, job_id: str) -> Process:
     state = job_state(run_dir)
     if state["job_id"] != job_id:
         raise UserError(f"{run_dir} has no job {job_id!r}; its newest is {state['job_id']}")
-    return Process(**state["process"])
+    try:
+        return Process(**state["process"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{run_dir / STATE} is damaged: {error}; start the run anew") from error
 
 
 @contextlib.contextmanager

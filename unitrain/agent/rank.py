@@ -31,12 +31,22 @@ class RankStart:
     agent_fd: int  # the rank's end of its pipe to the agent
     heartbeat_fd: int  # memory that the agent reads (see `heartbeat`)
     slot: int  # the rank's place in it
+    memory_fd: int = -1  # memory for snapshots, which outlives the rank (see `checkpoint.memory`); -1: none
 
     @property
     def variables(self) -> dict[str, str]:
         """Its environment, with the descriptors as they are in this process."""
-        own = {"UNITRAIN_AGENT_FD": str(self.agent_fd), "UNITRAIN_HEARTBEAT": f"{self.heartbeat_fd}:{self.slot}"}
+        own = {
+            "UNITRAIN_AGENT_FD": str(self.agent_fd),
+            "UNITRAIN_HEARTBEAT": f"{self.heartbeat_fd}:{self.slot}",
+            "UNITRAIN_MEMORY": str(self.memory_fd),
+        }
         return {**self.environ, **own}
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """The descriptors that it takes along."""
+        return self.agent_fd, self.heartbeat_fd, self.memory_fd
 
 
 def become_rank(start: RankStart, *, parent: int, others: Iterable[int]) -> None:
@@ -51,7 +61,7 @@ def become_rank(start: RankStart, *, parent: int, others: Iterable[int]) -> None
         os.close(fd)
     _redirect(start.log)
     os.environ.update(start.variables)
-    for fd in (start.agent_fd, start.heartbeat_fd):
+    for fd in start.fds:
         os.set_inheritable(fd, False)
     random.seed()
     if "numpy" in sys.modules:

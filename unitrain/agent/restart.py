@@ -19,6 +19,8 @@ class Fault:
     exit_code: int = ExitCode.FAILED  # of the rank that failed first; negative: the signal that killed it
     raised: bool = False  # by a Python exception of its own
     finished: int = 0  # steps that the attempt had finished
+    rank: int = 0  # that failed first
+    retry: bool = True  # False: the training itself failed, and would again
     progress: bool = False  # it has left a newer checkpoint than it started from
 
 
@@ -39,7 +41,8 @@ def decide(faults: Sequence[Fault], restarts: int) -> Decision:
     last = faults[-1]
     if last.exit_code == ExitCode.BAD_RECIPE:
         return Decision(False, exit_code=ExitCode.BAD_RECIPE)
-    if restarts == 0 or (last.raised and last.finished == 0):  # most likely a mistake in the user's code
+    # An exception before any step is most likely a mistake in the user's code.
+    if restarts == 0 or not last.retry or (last.raised and last.finished == 0):
         return Decision(False)
     idle = in_vain(faults)
     if idle >= restarts:

@@ -118,7 +118,7 @@ class Spawn(Starter):
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
-                    pass_fds=[start.agent_fd, start.heartbeat_fd],
+                    pass_fds=start.fds,
                 )
             self._processes[start.rank] = process
             self._news.append(Started(start.rank, process.pid))
@@ -270,13 +270,16 @@ class Forks(Starter):
 
 def send_start(commands: socket.socket, start: RankStart) -> None:
     """Send a rank's place and its descriptors to another process."""
-    socket.send_fds(commands, [json.dumps(asdict(start)).encode()], [start.agent_fd, start.heartbeat_fd])
+    socket.send_fds(commands, [json.dumps(asdict(start)).encode()], start.fds)
 
 
 def receive_start(commands: socket.socket) -> RankStart | None:
     """What `send_start` has sent, with the descriptors as they are here; None when the sender is gone."""
-    data, fds, _, _ = socket.recv_fds(commands, _COMMAND_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
-    return replace(RankStart(**json.loads(data)), agent_fd=fds[0], heartbeat_fd=fds[1]) if data else None
+    data, fds, _, _ = socket.recv_fds(commands, _COMMAND_BYTES, 3, socket.MSG_CMSG_CLOEXEC)
+    if not data:
+        return None
+    agent_fd, heartbeat_fd, memory_fd = fds
+    return replace(RankStart(**json.loads(data)), agent_fd=agent_fd, heartbeat_fd=heartbeat_fd, memory_fd=memory_fd)
 
 
 def fork_rank(start: RankStart, parent: int, others: Sequence[int]) -> int:

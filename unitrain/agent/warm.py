@@ -67,8 +67,8 @@ def serve(task: dict[str, Any], pids: dict[int, int]) -> bool:
             if pid == 0:
                 return True
             pids[start.rank] = pid
-            os.close(start.agent_fd)
-            os.close(start.heartbeat_fd)
+            for fd in start.fds:
+                os.close(fd)
             _tell(events, rank=start.rank, pid=pid)
 
 

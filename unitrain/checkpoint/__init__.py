@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .catalog import Catalog, Found, Newest, PassedOver, list_checkpoints, newest, open_newest
 from .fence import take_over
+from .lease import Holder, Lease, take_lease
 from .reader import CheckpointReader
 from .saver import Saver, SaveReport
 
@@ -14,6 +15,8 @@ __all__ = [
     "Catalog",
     "CheckpointReader",
     "Found",
+    "Holder",
+    "Lease",
     "Newest",
     "PassedOver",
     "SaveReport",
@@ -21,5 +24,6 @@ __all__ = [
     "list_checkpoints",
     "newest",
     "open_newest",
+    "take_lease",
     "take_over",
 ]

@@ -49,7 +49,9 @@ def refuse_replaced(root: Folder, nonce: str) -> None:
 def _remove_unfinished(folder: Folder, nonce: str) -> None:
     for text in folder.names():
         name = FolderName.parse(text)
-        if name is not None and name.nonce != nonce and MANIFEST not in folder.sub(text).names():
+        if name is None or name.nonce == nonce or folder.linked(text):
+            continue
+        if MANIFEST not in folder.sub(text).names():
             _remove(folder.sub(text))
 
 

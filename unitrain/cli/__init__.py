@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UnitrainError
-from . import exporting, importing, launch, listing, runs, verifying
+from . import auditing, chaos, exporting, importing, launch, listing, runs, verifying
 
 app = typer.Typer(
     name="unitrain",
@@ -32,6 +32,9 @@ app.command("cancel")(runs.cancel)
 app.command("export")(exporting.export)
 app.command("import")(importing.import_)
 app.command("verify")(verifying.verify)
+app.command("chaos")(chaos.chaos)
+app.command("audit")(auditing.audit)
+app.command("repro")(auditing.repro)
 
 
 def main() -> None:
