@@ -60,6 +60,8 @@ docs: install  ## write the generated pages of docs/
 bench: install  ## measure speed on this machine, side by side with others
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/launch.py
+	$(BIN)/python benchmarks/frameworks.py
+	$(BIN)/python benchmarks/memory.py
 
 clean:  ## remove .venv, caches and build output; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

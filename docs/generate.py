@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from unitrain import registry
-from unitrain.recipe import Recipe
+from unitrain.recipe import Recipe, StrategyRecipe, TrainRecipe
 from unitrain.recipe_file import NAMED
 from unitrain.schema import join, keys_of, phrase
+from unitrain.strategy import Cluster
+from unitrain.tasks.named import SUFFIXES
+
+ROOT = Path(__file__).parents[1]
 
 INTRODUCTION = """# Recipe reference
 
@@ -105,7 +109,7 @@ depend on the step, but not on the rows of a rank.
 
 def features_table() -> str:
     """The text of docs/features.md."""
-    found = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "integration" / "features.py"))
+    found = runpy.run_path(str(ROOT / "tests" / "integration" / "features.py"))
     strategies, refused = found["strategies"](), found["REFUSED"]
     notes: list[str] = []
     rows = []
@@ -123,7 +127,52 @@ def features_table() -> str:
     return "\n".join([introduction, *head, *rows, "", *numbered]) + "\n"
 
 
-PAGES = {"recipe.md": recipe_reference, "features.md": features_table}
+FRAMEWORKS = """
+## Frameworks
+
+What the strategies of each framework train. One recipe gives one curve in all of them, within 1e-4 relative in fp32,
+and checkpoints go from each to each: [frameworks.md](frameworks.md).
+"""
+# framework -> the strategy that is asked what it refuses
+ASKED = {"torch": "ddp", "jax": "jax", "tensorflow": "tensorflow"}
+OWN = {
+    "torch": "`torch.nn.Module`, Keras 3",
+    "jax": "`flax.nnx.Module`, a pair of functions `(init, apply)`, Keras 3",
+    "tensorflow": "Keras 3, `tf.Module`",
+}
+
+
+def frameworks_table() -> str:
+    """The second part of docs/features.md."""
+    rows = {}
+    for name, entry in registry.MODELS.items():
+        modules = registry.resolve(entry.path).modules
+        rows[f"`model: {{name: {name}}}`"] = ["yes" if framework in modules else "" for framework in ASKED]
+    rows["a model of your own"] = [OWN[framework] for framework in ASKED]
+    tasks = ROOT / "unitrain" / "tasks"
+    for path in sorted(tasks.glob("*_torch.py")):
+        task = path.stem.removesuffix("_torch")
+        kind = "".join(word.capitalize() for word in task.split("_"))
+        there = ["yes" if (tasks / f"{task}_{SUFFIXES[framework]}.py").exists() else "" for framework in ASKED]
+        rows[f"`trainer: unitrain.tasks:{kind}`"] = there
+    for precision in ("fp32", "bf16", "fp16"):
+        rows[f"`train.precision: {precision}`"] = [_answer(ASKED[framework], precision) for framework in ASKED]
+    strategies = [
+        ", ".join(f"`{name}`" for name, entry in registry.STRATEGIES.items() if entry.framework == framework)
+        for framework in ASKED
+    ]
+    head = [f"| | {' | '.join(ASKED)} |", "|---" * (len(ASKED) + 1) + "|", f"| strategies | {' | '.join(strategies)} |"]
+    return "\n".join([FRAMEWORKS, *head, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())]) + "\n"
+
+
+def _answer(strategy: str, precision: str) -> str:
+    """Whether a strategy trains in that precision, as it says itself."""
+    recipe = Recipe(trainer="a:B", train=TrainRecipe(precision=precision), strategy=StrategyRecipe(name=strategy))
+    problems = registry.resolve(registry.STRATEGIES[strategy].problems)(recipe, Cluster(nodes=1, nproc=2))
+    return f"refused: {problems[0].instead}" if problems else "yes"
+
+
+PAGES = {"recipe.md": recipe_reference, "features.md": lambda: features_table() + frameworks_table()}
 
 if __name__ == "__main__":
     for name, text in PAGES.items():

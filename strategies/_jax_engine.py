@@ -130,12 +130,12 @@ class JaxEngine(Engine):
         factor = jnp.minimum(clip / (norm + 1e-6), 1.0) * inverse
         grads = [grad * factor for grad in sums.grads]
         trained = [values[number] for number in self.trained]
-        moved, after = self.optimizer.apply(trained, grads, moments, lr)
+        moved, moments = self.optimizer.apply(trained, grads, moments, lr, skip)
         new = list(values)
-        for numbered, found in ((self.trained, moved), (self.passes.buffers, sums.buffers)):
-            for number, value in zip(numbered, found, strict=True):
-                new[number] = jnp.where(skip, values[number], value)
-        moments = jax.tree.map(functools.partial(jnp.where, skip), moments, after)
+        for number, value in zip(self.trained, moved, strict=True):
+            new[number] = value
+        for number, value in zip(self.passes.buffers, sums.buffers, strict=True):
+            new[number] = jnp.where(skip, values[number], value)
         values_of_step = {
             "loss": sums.totals[0] * inverse,
             "weight": sums.totals[1],

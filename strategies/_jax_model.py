@@ -61,7 +61,7 @@ def define(role: Role, seed: int, *, remat: bool) -> Definition:
     """The definition of the role's model: a Flax NNX module, or a pair of pure functions (init, apply)."""
     if role.initial is None:
         # On the host: what is large is not to lie whole on an accelerator, not even for a moment.
-        with jax.default_device(jax.local_devices(backend="cpu")[0]), nnx.use_eager_sharding(False):
+        with jax.default_device(_host()), nnx.use_eager_sharding(False):
             definition = _defined(build_any(role.model, "jax", seed), seed)
     else:
         definition = _define_abstractly(role, seed)
@@ -111,7 +111,8 @@ class NNX(Definition):
     """A Flax NNX module. Its Params are trained, random streams are seeded anew, other Variables are buffers."""
 
     def __init__(self, model: nnx.Module, make: Callable[[], Any] | None) -> None:
-        self._module, self._make = model, make  # make: where the module holds shapes only
+        self._module: Any = model
+        self._make = make  # where the module holds shapes only
         kind = type(model)
         self._layout: Layout = getattr(kind, "layout", None) or Plain()
         self._tensor_axes: Sequence[tuple[str, int]] | None = getattr(kind, "tensor_axes", None)
@@ -142,7 +143,7 @@ class NNX(Definition):
     def ask_remat(self) -> None:
         """See Definition. A module that can has a switch `remat`."""
         if hasattr(self._module, "remat"):
-            self._module.remat = self.remat_by_model = True
+            self.remat_by_model = True
             self._split()
 
     def run(
@@ -162,7 +163,9 @@ class NNX(Definition):
         """See Definition."""
         make = self._make
         if make is None:
-            return self._values_of(self._module, chosen)
+            values = self._values_of(self._module, chosen)
+            self._module = None  # the values are asked for once, and are not to be held here any longer
+            return values
         # XLA leaves out what is not asked for, so that parameters take no memory.
         with nnx.use_eager_sharding(False):
             found: list[Any] = jax.jit(lambda: self._values_of(make(), chosen))()
@@ -177,8 +180,9 @@ class NNX(Definition):
         """The module's structure in training and in evaluation mode."""
         self._graphs: dict[bool, Any] = {}
         for training in (False, True):
-            switch: Any = self._module.train if training else self._module.eval
-            switch()
+            (self._module.train if training else self._module.eval)()
+            if self.remat_by_model:
+                self._module.remat = training  # without a backward pass there is nothing to spare
             self._graphs[training] = nnx.split(self._module)[0]
 
     def _merged(self, values: Sequence[Array], key: Array, *, training: bool) -> Any:
@@ -262,6 +266,14 @@ class PairModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """apply(values, ...)."""
         return self.apply(self.values, *args, **kwargs)
+
+
+def _host() -> Any:
+    """The CPU as a device; None, the default device, where JAX was told to know no CPU."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def _typed(key: Array) -> Array:

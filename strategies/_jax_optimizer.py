@@ -1,10 +1,11 @@
 """Optimizers of the jax strategy: pure updates of lists of parameters, and state by canonical kind.
 
-They work on global arrays inside the jitted step; who skips a non-finite step is the step itself.
+They work on global arrays inside the compiled step.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -39,8 +40,10 @@ class Optimizer(ABC):
         """What it begins with. Pure."""
 
     @abstractmethod
-    def apply(self, params: list[Array], grads: list[Array], state: State, lr: Array) -> tuple[list[Array], State]:
-        """Parameters and state after one update. Pure."""
+    def apply(
+        self, params: list[Array], grads: list[Array], state: State, lr: Array, skip: Array
+    ) -> tuple[list[Array], State]:
+        """Parameters and state after one update; the same bits as before where `skip` is true. Pure."""
 
     @abstractmethod
     def slots(self) -> list[Slot]:
@@ -59,7 +62,9 @@ class AdamW(Optimizer):
         m, v = ([jnp.zeros_like(param) for param in params] for _ in range(2))
         return {"m": m, "step": jnp.zeros(len(params), jnp.float32), "v": v}
 
-    def apply(self, params: list[Array], grads: list[Array], state: State, lr: Array) -> tuple[list[Array], State]:
+    def apply(
+        self, params: list[Array], grads: list[Array], state: State, lr: Array, skip: Array
+    ) -> tuple[list[Array], State]:
         """See Optimizer."""
         beta1, beta2 = self.recipe.betas
         step = state["step"] + 1
@@ -68,13 +73,13 @@ class AdamW(Optimizer):
         after: tuple[list[Array], list[Array], list[Array]] = ([], [], [])
         rows = zip(params, grads, state["m"], state["v"], self.decays, strict=True)
         for number, (param, grad, old_m, old_v, decay) in enumerate(rows):
-            m = old_m + (1 - beta1) * (grad - old_m)
-            v = beta2 * old_v + (1 - beta2) * grad * grad
+            m = _less(old_m, (1 - beta1) * (old_m - grad), skip)
+            v = _less(old_v, (1 - beta2) * (old_v - grad * grad), skip)
             spread = jnp.sqrt(v / corrected2[number]) + self.recipe.eps
-            moved = param * (1 - lr * decay) - lr / corrected1[number] * (m / spread)
-            for values, value, like in zip(after, (moved, m, v), (param, old_m, old_v), strict=True):
-                values.append(value.astype(like.dtype))
-        return after[0], {"m": after[1], "step": step, "v": after[2]}
+            moved = _less(param, lr * decay * param + lr / corrected1[number] * (m / spread), skip)
+            for values, value in zip(after, (moved, m, v), strict=True):
+                values.append(value)
+        return after[0], {"m": after[1], "step": jnp.where(skip, state["step"], step), "v": after[2]}
 
     def slots(self) -> list[Slot]:
         """See Optimizer."""
@@ -98,15 +103,15 @@ class SGD(Optimizer):
         """See Optimizer."""
         return [jnp.zeros_like(param) for param in params] if self.recipe.momentum else []
 
-    def apply(self, params: list[Array], grads: list[Array], state: State, lr: Array) -> tuple[list[Array], State]:
+    def apply(
+        self, params: list[Array], grads: list[Array], state: State, lr: Array, skip: Array
+    ) -> tuple[list[Array], State]:
         """See Optimizer."""
         grads = [grad + decay * param for param, grad, decay in zip(params, grads, self.decays, strict=True)]
-        if self.recipe.momentum:
-            grads = [
-                (self.recipe.momentum * old + grad).astype(old.dtype) for old, grad in zip(state, grads, strict=True)
-            ]
-            state = grads
-        return [(param - lr * grad).astype(param.dtype) for param, grad in zip(params, grads, strict=True)], state
+        rate = self.recipe.momentum
+        if rate:
+            grads = state = [_less(old, (1 - rate) * old - grad, skip) for old, grad in zip(state, grads, strict=True)]
+        return [_less(param, lr * grad, skip) for param, grad in zip(params, grads, strict=True)], state
 
     def slots(self) -> list[Slot]:
         """See Optimizer."""
@@ -139,14 +144,15 @@ class Foreign(Optimizer):
         """See Optimizer."""
         return self.made.init(dict(zip(self.names, params, strict=True)))
 
-    def apply(self, params: list[Array], grads: list[Array], state: State, lr: Array) -> tuple[list[Array], State]:
+    def apply(
+        self, params: list[Array], grads: list[Array], state: State, lr: Array, skip: Array
+    ) -> tuple[list[Array], State]:
         """See Optimizer."""
         named = dict(zip(self.names, params, strict=True))
-        updates, state = self.made.update(dict(zip(self.names, grads, strict=True)), state, named)
+        updates, after = self.made.update(dict(zip(self.names, grads, strict=True)), state, named)
         scale = lr / self.top_lr if self.top_lr else 1.0
-        return [
-            (param + scale * updates[name]).astype(param.dtype) for name, param in zip(self.names, params, strict=True)
-        ], state
+        moved = [_less(param, -scale * updates[name], skip) for name, param in named.items()]
+        return moved, jax.tree.map(functools.partial(jnp.where, skip), state, after)
 
     def slots(self) -> list[Slot]:
         """See Optimizer. Kinds are `optim.<place in optax's state>`; what belongs to no parameter is named `*`."""
@@ -179,6 +185,15 @@ def _decays(variables: Sequence[Variable], recipe: OptimizerRecipe) -> list[floa
         recipe.weight_decay if recipe.decay == "all" or len(variable.turn.canonical_shape(variable.shape)) >= 2 else 0.0
         for variable in variables
     ]
+
+
+def _less(old: Array, amount: Array, skip: Array) -> Array:
+    """old - amount, or old itself.
+
+    Choosing between the old and a new array would say the same, but XLA, which writes the new one over the old, then
+    makes loops of it that take several times as long on CPUs.
+    """
+    return (old - jnp.where(skip, 0.0, amount)).astype(old.dtype)
 
 
 def _log(beta: float) -> float:

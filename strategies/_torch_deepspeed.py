@@ -61,8 +61,6 @@ class DeepSpeedStrategy(TorchStrategy):
         self.engines: list[DeepSpeedEngine] = []
         self.scratch: str | None = None
         super().open(world)
-        if self.recipe.train.precision == "fp16" and self.device.type == "cpu":
-            raise Refused("DeepSpeed has no fp16 on CPU; use train.precision: bf16 or fp32")
         self._ensure_operators()
         if self.options.get("offload") == "nvme":
             # A folder of this rank's own: swap files of two runs would have the same names.
@@ -72,6 +70,8 @@ class DeepSpeedStrategy(TorchStrategy):
 
     def join(self, world: World) -> Ranks:
         """See TorchStrategy. DeepSpeed takes our process group, and wants one for a single rank too."""
+        if self.recipe.train.precision == "fp16" and self.device.type == "cpu":
+            raise Refused("DeepSpeed has no fp16 on CPU; use train.precision: bf16 or fp32")
         ranks = super().join(world)
         if not dist.is_initialized():
             from unitrain.strategies._torch_sharded import join_alone  # which imports all of FSDP

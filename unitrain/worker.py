@@ -111,8 +111,12 @@ def _fail(
         "time": time.time(),
         "log_size": output.st_size if stat.S_ISREG(output.st_mode) else None,
         "retry": getattr(error, "retry", True) is not False,
-        "account": None if trainer is None else trainer.failure_account(),
+        "account": None,
     }
+    try:
+        account["account"] = None if trainer is None else trainer.failure_account()
+    except Exception as another:  # the run's own failure must be told, whatever has become of the Trainer
+        account["account_error"] = f"{type_name(type(another))}: {another}"
     # Before it is printed: the agent then knows from where on rank 0's log repeats what it will say itself.
     world.tell_agent(kind="error", **account)
     if world.agent_fd is None and run_dir is not None and run_dir.is_dir():

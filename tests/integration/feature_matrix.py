@@ -48,6 +48,7 @@ def part(folder: Path, act: str, shape: Shape) -> dict[str, Any]:
         except Exception:
             # The other ranks now wait for this one: no further run can tell anything.
             found[name] = {"failed": traceback.format_exc()}
+            traceback.print_exc()
             break
         found[name]["seconds"] = round(time.monotonic() - began, 2)
     return found

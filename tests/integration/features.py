@@ -120,7 +120,10 @@ _DDP_NEEDS_ALL = Refusal(
 # (feature, strategy) -> the refusal; a pair that is not here is honoured
 REFUSED: Mapping[tuple[str, str], Refusal] = MappingProxyType({
     **{("fp16", name): Refusal(says="use train.precision: bf16 or fp32", feature="bf16") for name in ZERO},
-    **{("own-optimizer", name): Refusal(says="use the recipe's optimizer (adamw, sgd), or --strategy ddp or fsdp2") for name in ZERO},
+    **{
+        ("own-optimizer", name): Refusal(says="use the recipe's optimizer (adamw, sgd), or --strategy ddp or fsdp2")
+        for name in ZERO
+    },
     **{("scalar", name): Refusal(says="give it the shape (1,), or use --strategy ddp") for name in ("fsdp2", *ZERO)},
     **{(feature, name): _NEEDS_ALL for name in ZERO for feature in ("unused", "rare")},
     **{

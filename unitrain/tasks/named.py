@@ -36,9 +36,10 @@ class NamedModel(Trainer):
         """See Trainer."""
         modules = self.config.modules
         if self.framework not in modules:
+            able = [name for name, entry in registry.STRATEGIES.items() if entry.framework in modules]
             raise Refused(
-                f"model {self.recipe.model.name!r} is not written for {self.framework}; use a strategy of "
-                f"{' or '.join(modules)}, or another model"
+                f"model {self.recipe.model.name!r} is not written for {self.framework}; use --strategy "
+                f"{', '.join(able[1:3])} or another of {' or '.join(modules)}, or another model"
             )
         return registry.resolve(modules[self.framework])(self.config)
 
