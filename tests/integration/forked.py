@@ -7,6 +7,7 @@ call a function `part(folder, act, shape)` of the test, whose result it writes d
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import gc
 import importlib
 import json
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple, NoReturn
 from unitrain import registry
 from unitrain.agent.rank import die_with, write_to
 
-RANK_SECONDS, TASK_SECONDS = 240, 800
+RANK_SECONDS, TASK_SECONDS = 900, 1500
 MOST_SHAPES = 8  # of one process
 OWN_THREADS = Path("/proc/self/task")
 
@@ -120,6 +121,8 @@ def _become(task: dict[str, Any], shape: Shape, rank: int, port: int, parent: in
     try:
         die_with(parent, signal.SIGKILL)
         signal.alarm(RANK_SECONDS)
+        faulthandler.enable()  # the log says where a rank crashed, or for what it waited in vain
+        faulthandler.dump_traceback_later(RANK_SECONDS * 0.95)
         folder, act = Path(task["folder"]), task["act"]
         write_to(str(folder / f"{act}-{shape}-{rank}.log"))
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(shape.ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

@@ -19,7 +19,7 @@ from unitrain.trainer_path import resolve_trainer
 
 COMMAND = Path(sys.executable).with_name("unitrain")
 TRAINERS = Path(__file__).with_name("trainers.py")
-TIMEOUT_SECONDS = 240
+TIMEOUT_SECONDS = 600
 
 ROWS = f"""\
 name: rows

@@ -23,7 +23,7 @@ from features import FEATURES, REFUSED, Refusal, runnable, strategies
 from forked import Found, Shape, run_shapes
 from runs import checkpoints, unitrain
 
-pytestmark = pytest.mark.timeout(900)  # the first test pays for all
+pytestmark = pytest.mark.timeout(1800)  # the first test pays for all
 FASTER = ("peft", "transformers.models.llama.modeling_llama")  # what ranks would import one after the other
 FEATURES_TORCH = Path(__file__).with_name("features_torch.py")
 MEASURED = {"seconds", "samples_per_second", "tokens_per_second", "memory_bytes"}

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from forked import Shape
 from resume_matrix import MORE, recipe_of, run_shapes
 
-pytestmark = pytest.mark.timeout(900)  # the first test pays for all
+pytestmark = pytest.mark.timeout(1800)  # the first test pays for all
 TIGHT = 1e-5
 RANKS = (1, 2, 3)
 KINDS = ("param", "adamw.m", "adamw.v", "adamw.step")

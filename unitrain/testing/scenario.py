@@ -32,7 +32,7 @@ MODELS = {  # framework -> module with ToyModel, toy_loss and probe
     "jax": "unitrain.testing.toy_jax",
     "tensorflow": "unitrain.testing.toy_tf",
 }
-TIMEOUT_SECONDS = 240
+TIMEOUT_SECONDS = 600
 
 
 def rate(step: int) -> float:
