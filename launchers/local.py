@@ -15,7 +15,8 @@ from unitrain.recipe import Recipe
 from unitrain.strategy import Problem
 
 OPTIONS = {
-    "grace_seconds": "from SIGTERM to SIGKILL when ranks are stopped; 5 unless given",
+    "grace_seconds": "from SIGTERM to SIGKILL when ranks are stopped, for them to save; 30 unless given",
+    "min_nproc": "the fewest ranks that go on when others are lost for good; launcher.nproc unless given",
     "detached": "true: the run goes on when whoever launched it is interrupted or its terminal closes",
     "entry": "module:function that a rank runs; unitrain.worker:main unless given",
 }
@@ -40,6 +41,13 @@ class Local(Launcher):
         for key in wanted.options:
             if key not in OPTIONS:
                 problems.append(Problem(f"launcher 'local' has no option {key!r}", f"it has {', '.join(OPTIONS)}"))
+        if (least := wanted.options.get("min_nproc")) is not None:
+            if type(least) is not int or not 1 <= least <= wanted.nproc:
+                what = f"launcher.options.min_nproc is {least!r} of launcher.nproc={wanted.nproc} ranks"
+                problems.append(Problem(what, f"give a number from 1 to {wanted.nproc}"))
+            elif least < wanted.nproc and recipe.checkpoint.every == 0:
+                what = "another number of ranks goes on from a checkpoint, and checkpoint.every is 0"
+                problems.append(Problem(what, "set checkpoint.every, or leave launcher.options.min_nproc out"))
         return problems
 
     def render(self, job: Job) -> Rendered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -19,9 +20,11 @@ from unitrain.strategy import Problem
 
 RENDEZVOUS = ("rdzv_endpoint", "master_addr")  # one of these says where several nodes meet
 TAKEN = {"nnodes": "launcher.nodes", "nproc_per_node": "launcher.nproc"}
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # torchrun passes these on; others would end it at once
 REFUSED = {
     "standalone": "leave it out: one node stands alone unless an option says where nodes meet",
     "module": "leave it out: torchrun runs unitrain.worker",
+    "min_nproc": "use --launcher local, or min_nodes: torchrun goes on with fewer nodes, not with fewer ranks of one",
     "detached": "use --launcher local",
 }
 # Rank 0 then listens at MASTER_PORT, as other starters have it; else torchrun itself does, and only torch can use that.
@@ -50,6 +53,11 @@ class Torchrun(Launcher):
         for key, ours in TAKEN.items():
             if key in wanted.options:
                 problems.append(Problem(f"launcher 'torchrun' has {key} from {ours}", f"set {ours}"))
+        if (least := wanted.options.get("min_nodes")) is not None and (
+            type(least) is not int or not 1 <= least <= wanted.nodes
+        ):
+            what = f"launcher.options.min_nodes is {least!r} of launcher.nodes={wanted.nodes}"
+            problems.append(Problem(what, f"give a number from 1 to {wanted.nodes}"))
         for key, instead in REFUSED.items():
             if key in wanted.options:
                 problems.append(Problem(f"launcher 'torchrun' has no option {key!r}", instead))
@@ -58,11 +66,16 @@ class Torchrun(Launcher):
     def render(self, job: Job) -> Rendered:
         """torchrun's command line for this node."""
         options: dict[str, Any] = dict(job.options)
+        least = options.pop("min_nodes", None)
         if not any(key in options for key in RENDEZVOUS):
             options["standalone"] = True
         elif "rdzv_endpoint" in options:
             options = {"rdzv_backend": "c10d", "rdzv_id": job.run_id, **options}
-        options = {"nnodes": job.nodes, "nproc_per_node": job.nproc, **options}
+        options = {
+            "nnodes": job.nodes if least is None else f"{least}:{job.nodes}",
+            "nproc_per_node": job.nproc,
+            **options,
+        }
         argv = (
             *(sys.executable, "-m", "torch.distributed.run", *_flags(options)),
             *("-m", "unitrain.worker", str(job.run_dir), "--keep-logs"),
@@ -83,7 +96,7 @@ class Torchrun(Launcher):
             return wait_until_ended(job.run_dir, job_id)
         log = threading.Thread(target=self._show_log, args=(job,))
         log.start()
-        code, caught = wait_for(process)
+        code, caught = wait_for(process, understands=SIGNALS)
         log.join()
         return conclude(job.run_dir, code, caught)
 

@@ -212,6 +212,14 @@ class JaxEngine(Engine):
         parts = self.ranks.gather(mine)
         return {name: sum(part[name] for part in parts) % 2**64 for name in mine}
 
+    def replicas(self) -> dict[str, list[int]]:
+        """See Engine."""
+        with self.ranks.noticing_losses():
+            found = {f"{place.kind} {place.name}": _jax_state.replica_digest_of(place) for place in self._places()}
+        mine = {name: digest for name, digest in found.items() if digest is not None and not name.startswith("buffer ")}
+        parts = self.ranks.gather(mine)
+        return {name: [part[name] for part in parts] for name in mine}
+
     def _places(self) -> Iterator[Place]:
         """Every tensor of the state that a checkpoint holds."""
 

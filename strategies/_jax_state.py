@@ -68,6 +68,14 @@ def digest_of(place: Place, local_boxes: LocalBoxes, *, first: bool) -> int:
     return sum(box_digest(_bits(box.data), place.shape, box.offset) for box in found) % 2**64
 
 
+def replica_digest_of(place: Place) -> int | None:
+    """The digest of a tensor that every rank holds whole, as this rank holds it; None for others."""
+    if place.element is not None or not place.array.is_fully_replicated:
+        return None
+    data = _bits(np.asarray(place.array.addressable_data(0)))
+    return box_digest(data, data.shape, (0,) * data.ndim)
+
+
 def load(places: Sequence[Place], reader: ShardReader, kinds: Collection[str] | None) -> LoadReport:
     """Fill the places from a checkpoint."""
     present = {pair: info for pair, info in reader.tensors.items() if kinds is None or pair[0] in kinds}

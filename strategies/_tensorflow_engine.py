@@ -132,6 +132,10 @@ class TensorFlowEngine(Engine):
         self._share_buffers()
         return self.state.digest()
 
+    def replicas(self) -> dict[str, list[int]]:
+        """See Engine."""
+        return self.state.replicas()
+
     # Graphs.
 
     def _graph(self, function: Callable[..., Any], loss: str) -> Any:

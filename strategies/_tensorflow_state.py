@@ -81,6 +81,16 @@ class State:
         found = self.ranks.meeting.gather(sums)
         return {name: sum(each[name] for each in found) % 2**64 for name in sums}
 
+    def replicas(self) -> dict[str, list[int]]:
+        """The digest of each tensor but buffers as each rank holds it, by rank. A collective."""
+        mine = {
+            f"{place.kind} {place.name}": box_digest(place.read(), place.shape, (0,) * len(place.shape))
+            for place in self.places
+            if place.kind != "buffer"
+        }
+        found = self.ranks.meeting.gather(mine)
+        return {name: [each[name] for each in found] for name in mine}
+
     def _written(self, place: Place) -> tuple[NDArray[Any], tuple[int, ...]] | None:
         """The box that this rank contributes of a tensor, if any."""
         shape = place.shape

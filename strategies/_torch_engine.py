@@ -173,6 +173,11 @@ class TorchStepOut(StepOut):
         values.update({key: s / w for key, (s, w) in _reduced(self.metrics, self.ranks).items() if w})
         return values
 
+    def verdict(self) -> tuple[float, bool]:
+        """See StepOut."""
+        total, weight, skipped = torch.stack((*self.totals, self.skipped)).tolist()
+        return total / weight if weight else float("nan"), not skipped
+
 
 class TorchEngine(Engine):
     """One torch model and its optimizer; `sharing` says how ranks hold them."""
@@ -317,6 +322,18 @@ class TorchEngine(Engine):
         total = torch.from_numpy(np.array(list(sums.values()), dtype=np.uint64).view(np.int64))
         self.ranks.sum(total)
         return dict(zip(sums, total.numpy().view(np.uint64).tolist(), strict=True))
+
+    def replicas(self) -> dict[str, list[int]]:
+        """See Engine. Buffers are left out: running statistics differ by rank until they are shared."""
+        if self.ranks.size == 1:
+            return {}
+        whole = [place for place in self._places() if place.kind != "buffer" and place.offset is None]
+        hashes = [box_digest(_to_numpy(place.data), place.shape, (0,) * len(place.shape)) for place in whole]
+        table = torch.zeros((self.ranks.size, len(whole)), dtype=torch.int64)
+        table[self.ranks.rank] = torch.from_numpy(np.array(hashes, dtype=np.uint64).view(np.int64))
+        self.ranks.sum(table)
+        columns = table.numpy().view(np.uint64).T.tolist()
+        return {f"{place.kind} {place.name}": column for place, column in zip(whole, columns, strict=True)}
 
     def _places(self, *, writing: bool = False) -> Iterator[Place]:
         """Every tensor of the state, in one or more places each, in an order that is the same on all ranks.

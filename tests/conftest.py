@@ -28,7 +28,7 @@ def full_drills(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="session", autouse=True)
 def _nobodys_rank() -> Iterator[None]:
     """Tests start alone, also in a shell that torchrun, srun or mpirun started."""
-    own = ("MASTER_ADDR", "MASTER_PORT", "UNITRAIN_AGENT_FD")
+    own = ("MASTER_ADDR", "MASTER_PORT", "UNITRAIN_AGENT_FD", "UNITRAIN_HEARTBEAT", "UNITRAIN_STACKS")
     with pytest.MonkeyPatch.context() as patch:
         for name in (*own, *(name for names in STARTERS.values() for name in names.values())):
             patch.delenv(name, raising=False)

@@ -1,11 +1,12 @@
 """The clock of a run, and all that follows from it: sample order, rank slices and random keys.
 
-Everything here is a pure function of (seed, step). Nothing needs saving but the step, and nothing depends on
-how many ranks there are.
+Everything here is a pure function of (seed, step), and of the windows of samples that the guard had skipped, if any.
+Nothing else needs saving, and nothing depends on how many ranks there are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 
 _ROUNDS = 4  # Luby and Rackoff (1988): four Feistel rounds make a strong pseudo-random permutation
 _MASK = (1 << 64) - 1
+Window = tuple[int, int]  # positions in the sample order of all epochs, from the first up to, not with, the second
+
 _WASTE = 1.1  # of computing filler rows, for parts that are larger
 
 
@@ -29,15 +32,38 @@ class Cursor:
         return Cursor(self.step + 1, self.samples + samples, self.tokens + tokens)
 
 
-def sample_ids(seed: int, step: int, global_batch: int, size: int) -> NDArray[np.int64]:
+def sample_ids(seed: int, step: int, global_batch: int, size: int, skipped: Sequence[Window] = ()) -> NDArray[np.int64]:
     """Ids of the samples of one global batch, shape (global_batch,), int64.
 
     The ids of all steps in order run through every sample of 0..size-1 once per epoch, in an order of its own
-    each epoch. Costs O(global_batch) at any step and for any size.
+    each epoch, and leave out those in skipped windows. Costs O(global_batch) at any step and for any size.
     """
-    positions = np.arange(step * global_batch, (step + 1) * global_batch, dtype=np.int64)
-    epochs, places = np.divmod(positions, size)
-    ids = np.empty_like(positions)
+    return ids_at(positions(step, global_batch, skipped), seed, size)
+
+
+def positions(step: int, global_batch: int, skipped: Sequence[Window] = ()) -> NDArray[np.int64]:
+    """Positions in the sample order of all epochs that a step takes; `skipped` is ascending and disjoint."""
+    found = np.arange(step * global_batch, (step + 1) * global_batch, dtype=np.int64)
+    for begin, end in skipped:
+        found[found >= begin] += end - begin
+    return found
+
+
+def with_window(skipped: Iterable[Window], window: Window) -> tuple[Window, ...]:
+    """Skipped windows and one more, ascending and disjoint."""
+    merged: list[Window] = []
+    for begin, end in sorted([*skipped, window]):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], end)
+        else:
+            merged.append((begin, end))
+    return tuple(merged)
+
+
+def ids_at(places: NDArray[np.int64], seed: int, size: int) -> NDArray[np.int64]:
+    """Ids of the samples at these positions of the sample order of all epochs."""
+    epochs, places = np.divmod(places, size)
+    ids = np.empty_like(places)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
         ids[chosen] = permute(places[chosen], size, mix(seed, int(epoch)))

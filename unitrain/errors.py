@@ -10,7 +10,9 @@ UnitrainError                      70   a run failed
 ├── CheckpointError                70   a checkpoint could not be written
 │   ├── CheckpointDamaged               bytes differ from what the manifest promises
 │   └── CheckpointMismatch         78   a checkpoint of another model, data set or seed
-└── RankFailed                     70   a rank of the run ended with an error
+├── RankFailed                     70   a rank of the run ended with an error
+├── Diverged                       70   the training itself failed; another attempt would too
+└── ReplicasDiffer                 70   ranks that should hold the same weights do not
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from enum import IntEnum
+
+MOST_LETTERS = 4000  # of a message
 
 
 class ExitCode(IntEnum):
@@ -34,6 +38,12 @@ class UnitrainError(Exception):
     """An expected failure: its message says what failed, what was found and what to do."""
 
     exit_code: ExitCode = ExitCode.FAILED
+    retry: bool = True  # False: from the same checkpoint it would fail in the same way
+
+    def __init__(self, message: str = "") -> None:
+        # What was found may be megabytes of a file: they are not printed.
+        cut = f"... ({len(message)} letters)" if len(message) > MOST_LETTERS else ""
+        super().__init__(message[:MOST_LETTERS] + cut)
 
 
 class UserError(UnitrainError):
@@ -84,12 +94,28 @@ class CheckpointMismatch(CheckpointError):
     exit_code = ExitCode.BAD_RECIPE
 
 
+class Diverged(UnitrainError):
+    """No finite gradient, or one loss spike after the other: the guard ends the run."""
+
+    retry = False
+
+
+class ReplicasDiffer(UnitrainError):
+    """Ranks that should hold the same weights do not."""
+
+
 class RankFailed(UnitrainError):
     """A rank ended with an error; carries the exit code of the first one."""
 
     def __init__(self, message: str, exit_code: ExitCode = ExitCode.FAILED) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def type_name(kind: type[BaseException]) -> str:
+    """An exception's type as records and reports name it."""
+    plain = kind.__module__ in ("builtins", "__main__")
+    return kind.__qualname__ if plain else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -107,6 +107,7 @@ def _job(run: Run, recipe: Recipe) -> Job:
         options=recipe.launcher.options,
         preload=entry.preload,
         fork=entry.fork,
+        recovery=recipe.recovery,
     )
 
 

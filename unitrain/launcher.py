@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .recipe import Recipe
+from .recipe import Recipe, RecoveryRecipe
 from .strategy import Problem
 
 
@@ -26,6 +26,7 @@ class Job:
     options: Mapping[str, Any] = field(default_factory=dict)  # the launcher's own
     preload: tuple[str, ...] = ()  # modules that the warm process imports before it forks ranks
     fork: bool = True  # False: the framework starts threads at import, so ranks are spawned
+    recovery: RecoveryRecipe = field(default_factory=RecoveryRecipe)  # what the agent does about ranks that die or hang
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from .world import World
 JOIN_SECONDS = 600.0
 _RETRY_SECONDS = 0.05
 _HELLO_SECONDS, _HELLO_BYTES = 2.0, 200  # what a stranger may take of our time, and say
+_MESSAGE_BYTES = 64 << 20  # of one line; no rank says more, and whoever does is not understood
 _LEAVE_SECONDS = 0.2
 _FAIL_SECONDS = 2.0  # that a rank has to fail by itself, and to say why, once another has failed
 _LAST_SECONDS = 1.0  # that a rank which has lost another one still lives: the cause, and its agent, speak first
@@ -266,9 +267,10 @@ class _Peer:
     def _read(self) -> None:
         how = "died"
         try:
-            with contextlib.suppress(OSError, ValueError), self._lines:
-                for line in self._lines:
-                    message = json.loads(line)
+            # What cannot be read or understood ends the connection, as if the rank had died.
+            with contextlib.suppress(OSError, ValueError, RecursionError), self._lines:
+                while line := self._lines.readline(_MESSAGE_BYTES):
+                    message = _understood(line)
                     if "says" in message:
                         self._messages.put(message["says"])
                     elif "gone" in message:
@@ -303,6 +305,16 @@ def _hello(connection: socket.socket, lines: BinaryIO, seconds: float) -> dict[s
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _understood(line: bytes) -> dict[str, Any]:
+    """A message of a rank. Raises ValueError for anything else."""
+    message = json.loads(line)
+    if isinstance(message, dict):
+        rank, how = message.get("gone", 0), message.get("how", message.get("end"))
+        if "says" in message or (type(rank) is int and how in ("left", "failed", "died")):
+            return message
+    raise ValueError(f"{line[:80]!r} is no message of a rank")
 
 
 def _line(message: dict[str, Any]) -> bytes:

@@ -158,12 +158,62 @@ class CheckpointRecipe:
     every: int | None = key(None, "steps between checkpoints; null: only at the end; 0: never")
     keep: int = key(3, "newest checkpoints to keep")
     asynchronous: bool = key(True, "write behind the training; the step waits only for a copy", name="async")
+    memory_every: int | None = key(
+        None,
+        "steps between snapshots in memory that outlive a killed rank, on one node with launcher `local`; null: none",
+    )
     path: str | None = key(None, "any fsspec URL; null: `checkpoints` in the run's folder")
 
     def __post_init__(self) -> None:
         at_least("checkpoint.keep", self.keep, 1)
         if self.every is not None:
             at_least("checkpoint.every", self.every, 0)
+        if self.memory_every is not None:
+            at_least("checkpoint.memory_every", self.memory_every, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryRecipe:
+    """What the agent does about ranks that die or hang."""
+
+    restarts: int = key(
+        3,
+        "failed attempts in a row without a newer checkpoint after which the run ends, with exit code 93; any newer "
+        "checkpoint starts the count anew; 0: never restart",
+    )
+    hang_seconds: float | None = key(
+        None, "time without progress in a step after which a rank counts as hung; null: from the run's own step times"
+    )
+
+    def __post_init__(self) -> None:
+        at_least("recovery.restarts", self.restarts, 0)
+        if self.hang_seconds is not None:
+            above("recovery.hang_seconds", self.hang_seconds, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardRecipe:
+    """When training itself goes wrong."""
+
+    max_skips: int = key(25, "updates in a row lost to gradients that are not finite after which the run ends")
+    spike: float | None = key(
+        None,
+        "a loss above median + this x MAD (median absolute deviation) of the last losses rolls back to the newest "
+        "checkpoint and skips the samples of those steps; 10 is a start; null: never",
+    )
+    window: int = key(64, "losses that `guard.spike` compares with; it judges once there are 16, or as many as these")
+    max_rollbacks: int = key(3, "rollbacks of a run; the next spike ends it")
+    digest_every: int = key(
+        0, "steps between comparisons of the weights that ranks hold as replicas, also before each save; 0: never"
+    )
+
+    def __post_init__(self) -> None:
+        at_least("guard.max_skips", self.max_skips, 1)
+        at_least("guard.window", self.window, 4)
+        at_least("guard.max_rollbacks", self.max_rollbacks, 0)
+        at_least("guard.digest_every", self.digest_every, 0)
+        if self.spike is not None:
+            above("guard.spike", self.spike, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +230,8 @@ class Recipe:
     strategy: StrategyRecipe = section(StrategyRecipe, "on which backend")
     launcher: LauncherRecipe = section(LauncherRecipe, "how processes start")
     checkpoint: CheckpointRecipe = section(CheckpointRecipe, "when to save, and what to keep")
+    recovery: RecoveryRecipe = section(RecoveryRecipe, "what happens when ranks die or hang")
+    guard: GuardRecipe = section(GuardRecipe, "what happens when training itself goes wrong")
 
     def __post_init__(self) -> None:
         # A run id becomes folder, job and pod names: letters, digits, dot, dash and underscore only.
@@ -187,6 +239,8 @@ class Recipe:
             raise RecipeError(f"name is {self.name!r}; use at most 63 letters, digits, '.', '_' and '-'")
         if not self.name[0].isalnum():
             raise RecipeError(f"name is {self.name!r}; it must start with a letter or a digit")
+        if self.guard.spike is not None and self.checkpoint.every == 0:
+            raise RecipeError("guard.spike rolls back to a checkpoint, and checkpoint.every is 0; set it, or to null")
         if ":" not in self.trainer:
             raise RecipeError(f"trainer is {self.trainer!r}; write module:Class or path/to/file.py:Class")
 

@@ -1,6 +1,6 @@
 """One run's folder: what was asked, what happened, and where everything of it lies.
 
-    recipe.yaml  job.json  events.jsonl  metrics.jsonl  logs/  checkpoints/  failures/
+    recipe.yaml  job.json  events.jsonl  metrics.jsonl  ledger.jsonl  logs/  checkpoints/  failures/
 
 Lines are appended by single writes, so that the agent, a rank and the command line may write at once. JSON knows no
 NaN and no infinity: they are written as null.
@@ -111,7 +111,10 @@ class Run:
 
     def launched(self) -> dict[str, Any]:
         """The newest `launch` event: launcher, job_id, cwd, ...; empty when no launcher started this run."""
-        return next((event for event in reversed(self.events()) if event["event"] == "launch"), {})
+        found: dict[str, Any] = next((event for event in reversed(self.events()) if event["event"] == "launch"), {})
+        if odd := [name for name in ("launcher", "job_id", "cwd") if not isinstance(found.get(name), str | None)]:
+            raise UserError(f"{self.folder / 'events.jsonl'} is damaged: the launch has no {odd[0]} that is a word")
+        return found
 
     def event(self, event: str, **facts: Any) -> None:
         """Append to events.jsonl: what happened, when (`time`: seconds since 1970), and its facts."""
@@ -123,15 +126,21 @@ class Run:
 
     def events(self) -> list[dict[str, Any]]:
         """What happened so far, oldest first."""
-        return _records(self.folder / "events.jsonl")
+        return [
+            record
+            for record in _records(self.folder / "events.jsonl")
+            if isinstance(record.get("event"), str) and isinstance(record.get("time"), int | float)
+        ]
 
     def metrics(self) -> list[dict[str, Any]]:
         """Every record so far, train and eval, each step once."""
-        return _records(self.folder / "metrics.jsonl")
+        return [record for record in _records(self.folder / "metrics.jsonl") if type(record.get("step")) is int]
 
     def rewind(self, step: int) -> None:
         """Drop the metrics of steps after `step`: a resumed run goes through them again."""
-        _rewrite(self.folder / "metrics.jsonl", lambda record: record["step"] <= step)
+        _rewrite(
+            self.folder / "metrics.jsonl", lambda record: type(record.get("step")) is int and record["step"] <= step
+        )
 
 
 def new_id(name: str) -> str:
@@ -187,7 +196,7 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     for line in content.splitlines(keepends=True):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and line.endswith(b"\n"):
             found.append((line, record))

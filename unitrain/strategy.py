@@ -133,6 +133,11 @@ class StepOut(ABC):
         A collective where the loss function reports metrics: call it on every rank or on none.
         """
 
+    def verdict(self) -> tuple[float, bool]:
+        """The loss, and whether the update was applied; `read` without what that costs. May be a collective."""
+        values = self.read()
+        return values["loss"], bool(values["applied"])
+
 
 class Problem(NamedTuple):
     """Why a strategy cannot honour a recipe, and what can."""
@@ -234,3 +239,10 @@ class Engine(ABC):
     @abstractmethod
     def digest(self) -> dict[str, int]:
         """A 64-bit hash of each parameter and buffer, the same however it is sharded. A collective."""
+
+    def replicas(self) -> dict[str, list[int]]:
+        """A 64-bit hash of each tensor that all ranks should hold alike, as each rank holds it, by rank. A collective.
+
+        Empty where ranks hold parts, or where a backend has nothing to compare.
+        """
+        return {}

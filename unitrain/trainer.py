@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import secrets
+import shlex
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,20 +20,37 @@ from typing import Any, final
 
 from . import registry
 from .batch import Batch
-from .checkpoint import CheckpointReader, Saver, SaveReport, open_newest
-from .cursor import Cursor, mix
+from .checkpoint import CheckpointReader, Holder, Lease, Saver, SaveReport, open_newest, take_lease, take_over
+from .checkpoint.lease import RootHeld
+from .checkpoint.memory import MemoryFolder, Snapshots, whole_snapshots
+from .cursor import Cursor, mix, positions
 from .data.feed import Feed
 from .data.source import Source
-from .errors import CheckpointDamaged, CheckpointMismatch, RecipeError, UserError
+from .errors import (
+    CheckpointDamaged,
+    CheckpointError,
+    CheckpointMismatch,
+    Diverged,
+    ExitCode,
+    RecipeError,
+    UserError,
+)
+from .guard import Guard, Reading, Spike, refuse_differing
+from .heartbeat import Phase
 from .keras_backend import settle_keras
+from .ledger import Ledger, Trail
 from .policy import due
 from .recipe import OptimizerRecipe, Recipe, StrategyRecipe
 from .recipe_file import load_recipe, refuse_problems
 from .run import Run
 from .schedule import learning_rate
-from .strategy import Cluster, Engine, HyperParameters, Role, StepOut, Strategy
+from .stopping import RESIZE, Agreement, StopSignals
+from .strategy import Cluster, Engine, HyperParameters, Role, Shard, StepOut, Strategy
 from .track.lines import evaluation_line, progress_line
 from .world import World
+
+_MOST_UNREAD = 1024  # updates whose losses nobody has looked at yet; they hold scalars on the device
+_MOST_IDS = 1 << 16  # in an account of a failure
 
 
 @dataclass(frozen=True)
@@ -41,7 +61,16 @@ class Result:
     step: int
     metrics: dict[str, float]  # of the last log line
     evaluation: dict[str, float]  # of the last evaluation; empty without one
-    exit_code: int = 0
+    exit_code: int = 0  # 75: stopped by a signal, and saved (see `errors.ExitCode`)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """From where a failed step is trained up to again, and what the guard had decided by then."""
+
+    checkpoint: str | None  # None: from the beginning
+    skipped: tuple[tuple[int, int], ...] = ()
+    rollbacks: int = 0
 
 
 class Trainer:
@@ -63,7 +92,14 @@ class Trainer:
         self.eval_source: Source | None = None
         self._run_dir = None if run_dir is None else Path(run_dir)
         self._rates: dict[str, tuple[float, float | None]] = {}
+        self._lease: Lease | None = None
         self._last: dict[str, float] = {}
+        self._exit_code: int = ExitCode.DONE
+        self._guard = Guard(recipe.guard)
+        self._batch: Batch | None = None
+        self._from: str | None = None  # the checkpoint that this attempt goes on from
+        self._replay: Replay | None = None
+        self._looked = False  # replicas have been compared
 
     @classmethod
     def from_recipe(
@@ -146,36 +182,71 @@ class Trainer:
 
     @final
     def fit(self) -> Result:
-        """Train to the end, resuming where the run's folder holds a checkpoint."""
+        """Train to the end or to a stop signal, resuming where the run's folder holds a checkpoint."""
         for _ in self.steps():
             pass
         return self.result()
 
     @final
     def steps(self) -> Iterator[StepOut]:
-        """Yield what each step gave, until the recipe's last; leaving early closes the run in good order."""
-        train, every = self.recipe.train, self.recipe.checkpoint.every
+        """Yield what each step gave, until the recipe's last; leaving early closes the run in good order.
+
+        A stop signal (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C) ends the loop after a step that all ranks agree on and save.
+        """
+        train, every, memory_every = (
+            self.recipe.train,
+            self.recipe.checkpoint.every,
+            self.recipe.checkpoint.memory_every,
+        )
         with self._session() as (feed, saver):
+            if self.recipe.guard.spike is not None and self.cursor.step == 0 and self._replay is None:
+                self._save(saver)  # so that there is always one to roll back to
             while self.cursor.step < train.steps:
-                batch = feed.batch(self.cursor.step)
+                if number := self._agreement.stop(self.cursor.step, self._signals.caught):
+                    if (spike := self._judge()) is not None:  # no checkpoint is from after one
+                        self._roll_back(spike, feed, saver)
+                    self._preempt(saver, number)
+                    return
+                self._beat(Phase.STEP)
+                self._batch = batch = feed.batch(self.cursor.step)
                 out = self.step(batch)
                 self.cursor = self.cursor.advanced(len(batch), batch.tokens)
                 step = self.cursor.step
-                if due(step, train.log_every, train.steps):
+                self._unread.append((step, out))
+                if self.world.first:
+                    self._trail.take(batch.ids)
+                if self.world.heartbeat is not None:
+                    self.world.heartbeat.finished()
+                spike = None
+                logging, saving = due(step, train.log_every, train.steps), due(step, every, train.steps)
+                snapping = self._snapshots is not None and not saving and due(step, memory_every, 0)
+                if logging or saving or snapping or len(self._unread) >= _MOST_UNREAD:
+                    spike = self._judge()
+                if logging:
                     self._log(out)
                 yield out
+                self._guard.refuse_lost(step)
+                if spike is not None:
+                    self._roll_back(spike, feed, saver)
+                    continue
+                if saving or due(step, self.recipe.guard.digest_every, 0):
+                    self._compare_replicas()
                 if due(step, train.eval_every, train.steps):
                     self._evaluate()
-                if due(step, every, train.steps):
+                if saving:
                     self._save(saver)
+                elif snapping:
+                    self._snapshot()
+            self._beat(Phase.SAVING)
             saver.wait()
+            self._beat(Phase.FINISHING)
             self.finish()
 
     @final
     def result(self) -> Result:
         """Where the run stands."""
         assert self.run is not None, "the run has started"
-        return Result(self.run.folder, self.cursor.step, dict(self._last), dict(self.evaluation))
+        return Result(self.run.folder, self.cursor.step, dict(self._last), dict(self.evaluation), self._exit_code)
 
     # How a run begins and ends.
 
@@ -185,9 +256,13 @@ class Trainer:
         world, recipe = self.world, self.recipe
         roles = self.roles()
         self._check(roles)
+        self._exit_code = ExitCode.DONE
         with contextlib.ExitStack() as stack:
+            self._signals = stack.enter_context(StopSignals())
             self._open_strategies(roles, stack)
+            self._signals.hold()
             self._open_run(stack)
+            self._open_memory(stack)
             self.train_source, feed = self._feed("train", stack)
             self.eval_source, self._eval_feed = (
                 self._feed("eval", stack) if recipe.train.eval_every != 0 else (None, None)
@@ -198,14 +273,29 @@ class Trainer:
                 self.engines[name] = self._strategy_of(role).bind(role, seed)
                 optimizer = role.optimizer if isinstance(role.optimizer, OptimizerRecipe) else recipe.optimizer
                 self._rates[name] = (optimizer.lr, optimizer.clip)
+            self._ledger = Ledger(self.run.folder)
+            stack.callback(self._give_back)
             self._restore()
+            self._unread: list[tuple[int, StepOut]] = []
+            feed.skip(self._guard.skipped)
+            self._begin_ledger()
+            if world.heartbeat is not None:
+                world.heartbeat.began(self.cursor.step)
             self._began, self._began_at = time.monotonic(), self.cursor
             self._event("start", strategy=recipe.strategy.name, world_size=world.size, threads=world.threads)
             self.on("start", step=self.cursor.step)
             saver = stack.enter_context(contextlib.closing(self._saver()))
-            yield feed, saver
-            self._event("stop")
-            self.on("stop", step=self.cursor.step)
+            self._agreement = Agreement(world, self._control.share, self.run.folder)
+            try:
+                yield feed, saver
+            except GeneratorExit:  # whoever drives `steps` by hand has left early
+                self._stopped()
+                raise
+            self._stopped()
+
+    def _stopped(self) -> None:
+        self._event("stop", **({"exit_code": int(self._exit_code)} if self._exit_code else {}))
+        self.on("stop", step=self.cursor.step)
 
     def _check(self, roles: dict[str, Role]) -> None:
         """Refuse what cannot work, before anything is joined, read or written."""
@@ -258,6 +348,19 @@ class Trainer:
         self._nonce, _, folder = agreed.partition(" ")
         self.run = Run(Path(folder))
         self._run_dir = self.run.folder  # a second `steps` of this trainer goes on with the same run
+
+    def _open_memory(self, stack: contextlib.ExitStack) -> None:
+        """Where this rank's snapshots go, if it takes any."""
+        self._snapshots: Snapshots | None = None
+        if self.recipe.checkpoint.memory_every is None:
+            return
+        world = self.world
+        if world.memory_fd is None or world.nodes != 1:
+            if world.first:
+                print("note: no snapshots in memory: they need launcher 'local', on one node", flush=True)
+            return
+        self._snapshots = Snapshots(world.memory_fd, writer=world.rank, writers=world.size, nonce=self._nonce)
+        stack.enter_context(contextlib.closing(self._snapshots))
 
     def _feed(self, split: str, stack: contextlib.ExitStack) -> tuple[Source | None, Feed | None]:
         source = self.build_source(split)
@@ -314,23 +417,71 @@ class Trainer:
             **self.identity(),
         }
 
+    def _preempt(self, saver: Saver, number: int) -> None:
+        """All ranks end here, and what they have learned is saved, unless the recipe wants nothing saved."""
+        assert self.run is not None, "opened before"
+        self._beat(Phase.SAVING)
+        name, step = "a resize" if number == RESIZE else signal.Signals(number).name, self.cursor.step
+        if self.recipe.checkpoint.every == 0:
+            self._exit_code = 128 + number  # as a shell counts
+        else:
+            if step != self._saved_step:
+                self._save(saver)
+            saver.wait()
+            self._exit_code = ExitCode.PREEMPTED
+        self._event("leave" if number == RESIZE else "preempt", signal=name, exit_code=int(self._exit_code))
+        if self.world.first:
+            saved = "saved" if self._exit_code == ExitCode.PREEMPTED else "not saved (checkpoint.every is 0)"
+            hint = f"; to go on: unitrain resume {shlex.quote(str(self.run.folder))}"  # our agent says it itself
+            self._say(f"stopped by {name} at step {step}, {saved}{'' if self.world.starter == 'agent' else hint}")
+
+    def _beat(self, phase: Phase) -> None:
+        self.world.beat(phase, self.cursor.step)
+
     def _save(self, saver: Saver) -> None:
         assert self.run is not None, "opened before"
+        self._beat(Phase.SAVING)
+        self._saved_step = self.cursor.step
+        saver.save(self.cursor.step, self._shards(), self._state())
+
+    def _snapshot(self) -> None:
+        """Copy what a killed rank would lose into memory that outlives it."""
+        assert self._snapshots is not None, "called only where it is"
+        self._beat(Phase.SAVING)
+        try:
+            self._snapshots.save(self.cursor.step, self._shards(), self._state())
+        except CheckpointError as error:  # costs a snapshot and not the run
+            print(f"warning: {error}", flush=True)
+            return
+        if self.world.first and self.world.heartbeat is not None:
+            self.world.heartbeat.saved(self.cursor.step)
+
+    def _shards(self) -> dict[str, Iterator[Shard]]:
+        return {name: engine.shards() for name, engine in self.engines.items()}
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the tensors."""
+        assert self.run is not None, "opened before"
         cursor = self.cursor
-        state = {
+        return {
             "cursor": {"step": cursor.step, "samples": cursor.samples, "tokens": cursor.tokens},
             "identity": self._identity(),
             "run": self.run.id,
             "extra": self.extra,
+            "guard": self._guard.state(),
+            "ledger": self._trail.close(cursor.step),
         }
-        saver.save(cursor.step, {name: engine.shards() for name, engine in self.engines.items()}, state)
 
     def _saved(self, report: SaveReport) -> None:
         """Called when a save has ended, from the thread that wrote it."""
         facts = {"step": report.step, "bytes": report.bytes, "seconds": round(report.seconds, 4)}
         if report.ok:
-            self._event("checkpoint", **facts)
             if self.world.first:
+                if self.world.heartbeat is not None:
+                    self.world.heartbeat.saved(report.step)
+                for taken in self._trail.durable(report.step):
+                    self._ledger.append("steps", **taken)
+                self._event("checkpoint", **facts)
                 self._say(f"saved step {report.step}", {"event": "checkpoint", **facts})
             if report.error:
                 print(f"warning: step {report.step} was saved, but {report.error}", flush=True)
@@ -343,9 +494,16 @@ class Trainer:
         """Continue from the newest sound checkpoint, which rank 0 finds and checks for all."""
         assert self.run is not None, "opened before"
         root = self.run.checkpoints(self.recipe)
-        self.cursor = Cursor()
-        folder = ""
+        self.cursor, self._saved_step, self._from = Cursor(), 0, None
+        self._guard.restore({})
+        if self._replay is not None:
+            self._replay_from(self._replay)
+            return
+        folder = snapshot = ""
         if self.world.first:
+            if self.recipe.checkpoint.path is not None and (found := open_newest(root, verify="manifest").reader):
+                self._refuse_shared_path(found.folder, found.state.get("run"))
+            self._take_over(root)
             newest = open_newest(root, verify="full")
             for passed in newest.passed_over:
                 print(
@@ -353,38 +511,127 @@ class Trainer:
                     flush=True,
                 )
                 self._event("checkpoint_damaged", folder=passed.folder, error=passed.reason)
-            if newest.reader is None and newest.passed_over:
+            snapshot = self._newest_snapshot(after=0 if newest.reader is None else newest.reader.step)
+            if newest.reader is None and newest.passed_over and not snapshot:
                 # Starting from scratch here would lose the run's work without a word.
                 raise CheckpointDamaged(
                     f"no checkpoint in {root} is sound: {newest.passed_over[0].reason}; mend one, or move them away "
                     "to start from the beginning"
                 )
             folder = newest.reader.folder if newest.reader is not None else ""
-        folder = self._control.share(folder)
-        if not folder:
+        folder, _, snapshot = self._control.share(f"{folder}\n{snapshot}").partition("\n")
+        if snapshot:
+            self._load(snapshot)
+            self._from = folder or None  # what is still there tomorrow
+            folder = snapshot
+        elif not folder:
             if self.world.first and self.run.metrics():
                 # An attempt that ended before its first checkpoint: its steps come again.
                 self.run.rewind(0)
                 self._say(f"there is no checkpoint in {root}: training starts over")
-            return
-        reader = CheckpointReader(folder)
-        self._refuse_shared_path(folder, reader.state.get("run"))
-        self._refuse_other_run(folder, reader.state["identity"])
-        for name, engine in self.engines.items():
-            engine.load(reader.role(name)).require_all(f"the checkpoint {folder}")
-        self.cursor = Cursor(**reader.state["cursor"])
-        self.extra = dict(reader.state["extra"])
-        if self.world.first:
+        else:
+            self._load(folder)
+        self._take_decisions()
+        if folder and self.world.first:
             self.run.rewind(self.cursor.step)
             done = "; nothing is left to do" if self.cursor.step >= self.recipe.train.steps else ""
             self._say(f"resumed at step {self.cursor.step} of {self.recipe.train.steps} from {folder}{done}")
+
+    def _load(self, folder: str) -> None:
+        """Become what the run was at that checkpoint, or that snapshot."""
+        reader = self._snapshot_reader(folder) or CheckpointReader(folder)
+        state = _checked_state(reader.state, folder)
+        self._refuse_other_run(folder, state["identity"])
+        for name, engine in self.engines.items():
+            engine.load(reader.role(name)).require_all(f"the checkpoint {folder}")
+        self.cursor = Cursor(**state["cursor"])
+        self._saved_step, self._from = self.cursor.step, folder
+        self.extra = state["extra"]
+        try:
+            self._guard.restore(state.get("guard", {}))
+            if self.world.first and self._replay is None:
+                self._ledger.recover(state.get("ledger", []))
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointDamaged(
+                f"the guard's state in {folder} is none ({error}); go on from another checkpoint"
+            ) from error
+
+    def _newest_snapshot(self, *, after: int) -> str:
+        """The newest sound snapshot of a later step, by name; empty where there is none."""
+        if self._snapshots is None or self.world.memory_fd is None:
+            return ""
+        for whole in whole_snapshots(self.world.memory_fd):
+            if whole.step <= after:
+                break
+            try:
+                CheckpointReader(MemoryFolder(whole)).verify()
+            except CheckpointError as error:
+                print(f"warning: a snapshot of step {whole.step} was passed over: {error}", flush=True)
+                self._event("snapshot_damaged", step=whole.step, error=str(error))
+                continue
+            return whole.name
+        return ""
+
+    def _snapshot_reader(self, name: str) -> CheckpointReader | None:
+        """Of the snapshot of that name; None where the name is that of a folder."""
+        fd = self.world.memory_fd
+        wholes = [] if fd is None or self._snapshots is None else whole_snapshots(fd)
+        return next((CheckpointReader(MemoryFolder(whole)) for whole in wholes if whole.name == name), None)
+
+    def _take_decisions(self) -> None:
+        """Rollbacks after the checkpoint that this attempt goes on from hold for it too."""
+        known = [[*line["skip"], line["number"]] for line in self._ledger.rollbacks()] if self.world.first else []
+        for begin, end, number in json.loads(self._control.share(json.dumps(known))):
+            self._guard.skip((begin, end), number)
+
+    def _begin_ledger(self) -> None:
+        """Which samples this attempt will take, and a fresh record of those that it has."""
+        self._trail = Trail(self.cursor.step, self._nonce)
+        if self.world.first and self.train_source is not None and self._replay is None:
+            self._ledger.append(
+                "begin",
+                attempt=self._nonce,
+                step=self.cursor.step,
+                strategy=self.recipe.strategy.name,
+                world_size=self.world.size,
+                seed=self.recipe.train.seed,
+                global_batch=self.recipe.train.global_batch,
+                size=len(self.train_source),
+                skipped=[list(window) for window in self._guard.skipped],
+            )
+
+    def _give_back(self) -> None:
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.close()
+
+    def _take_over(self, root: str) -> None:
+        """Refuse to work beside another job, and keep an earlier attempt of this one from publishing.
+
+        Before the newest checkpoint is looked for. The disk may be full, which costs a checkpoint and not the run.
+        """
+        if self.recipe.checkpoint.every == 0:
+            return
+        assert self.run is not None, "opened before"
+        world = self.world
+        holder = Holder.here(run=self.run.id, nonce=self._nonce, pid=world.supervisor, group=world.group)
+        try:
+            self._lease = self._lease or take_lease(root, holder)
+        except RootHeld:
+            raise
+        except CheckpointError as error:
+            print(f"warning: {error}", flush=True)
+        try:
+            take_over(root, self._nonce)
+        except CheckpointError as error:
+            print(f"warning: {error}", flush=True)
 
     def _refuse_shared_path(self, folder: str, writer: str | None) -> None:
         """A new run must not go on with, and later delete, what another one has saved at `checkpoint.path`."""
         assert self.run is not None, "opened before"
         path = self.recipe.checkpoint.path
         began = any(event["event"] == "start" for event in self.run.events())
-        if path is not None and not began and writer not in (None, self.run.id):
+        if not began and writer not in (None, self.run.id):
             raise CheckpointMismatch(
                 f"checkpoint.path {path} holds {folder} of the run {writer}; give a new run a path of its own, or go "
                 "on with that run by `unitrain resume`"
@@ -401,6 +648,113 @@ class Trainer:
                 f"the checkpoint {folder} belongs to another run: {'; '.join(changed)}; the sample order would "
                 "change, so set them back, or start a new run"
             )
+
+    # Whether training itself is in order.
+
+    def _judge(self) -> Spike | None:
+        """Read what the updates since the last look gave; the first loss spike among them, agreed by all ranks."""
+        readings = [Reading(step, *out.verdict()) for step, out in self._unread]
+        self._unread = []
+        lost, spike = self._guard.take(readings)
+        for total, step in enumerate(lost, start=self._guard.lost - len(lost) + 1):
+            self._event("step_lost", step=step, total=total)
+        if self.recipe.guard.spike is None:
+            return None
+        agreed = json.loads(self._control.share(json.dumps(spike)))
+        return None if agreed is None else Spike(*agreed)
+
+    def _roll_back(self, spike: Spike, feed: Feed, saver: Saver) -> None:
+        """Go on from the newest checkpoint, which is from before the spike, without the samples of the spike."""
+        assert self.run is not None, "opened before"
+        guard, batch = self._guard, self.recipe.train.global_batch
+        guard.refuse_spike(spike)
+        self._beat(Phase.SAVING)
+        with contextlib.suppress(CheckpointError):  # it has been reported
+            saver.wait()
+        self._control.barrier()  # rank 0 may still publish
+        begin = int(positions(spike.step - 1, batch, guard.skipped)[0])
+        end = int(positions(spike.last_step - 1, batch, guard.skipped)[-1]) + 1
+        number = guard.rollbacks + 1
+        if self._snapshots is not None:
+            self._snapshots.forget()  # they may be from within the spike
+        found = open_newest(self.run.checkpoints(self.recipe), verify="full").reader if self.world.first else None
+        folder = self._control.share(found.folder if found is not None else "")
+        if not folder:
+            raise Diverged(
+                f"the loss of step {spike.step} is {spike.loss:.4g}, above {spike.limit:.4g}, and there is no sound "
+                "checkpoint to roll back to"
+            )
+        facts = {"to": CheckpointReader(folder).step, "skip": [begin, end], "number": number}
+        if self.world.first:  # first of all: whoever resumes from that checkpoint must decide the same
+            self._ledger.append("rollback", attempt=self._nonce, step=spike.step, **facts)
+        self._event(
+            "rollback",
+            step=spike.step,
+            last=spike.last_step,
+            loss=spike.loss,
+            median=spike.median,
+            limit=spike.limit,
+            **facts,
+        )
+        known = guard.skipped
+        self._load(folder)
+        for window in (*known, (begin, end)):
+            guard.skip(window, number)
+        feed.skip(guard.skipped)
+        self._trail = Trail(self.cursor.step, self._nonce)
+        self._unread = []
+        self._agreement.ask_soon()
+        self._began, self._began_at = time.monotonic(), self.cursor
+        if self.world.first:
+            self.run.rewind(self.cursor.step)
+            self._say(
+                f"rollback {number}: the loss of step {spike.step} is {spike.loss:.4g}, above {spike.limit:.4g}; on "
+                f"from step {self.cursor.step}, without the samples of steps {spike.step} to {spike.last_step}"
+            )
+
+    def _compare_replicas(self) -> None:
+        """Raise ReplicasDiffer, on all ranks, where ranks that should hold the same weights do not."""
+        if self.recipe.guard.digest_every and self.world.size > 1:
+            compared = {name: engine.replicas() for name, engine in self.engines.items()}
+            for name, replicas in compared.items():
+                refuse_differing(name, self.cursor.step, replicas)
+            if self.world.first and not self._looked and not any(compared.values()):
+                print(f"note: guard.digest_every finds no replicas on {self.recipe.strategy.name}", flush=True)
+            self._looked = True
+
+    # What is known of a failure, and how a step is replayed.
+
+    @final
+    def failure_account(self) -> dict[str, Any]:
+        """Where the run stands, for the record of a failure: JSON values."""
+        batch = self._batch
+        ids = [] if batch is None or len(batch) > _MOST_IDS else batch.ids.tolist()
+        return {
+            "step": self.cursor.step if batch is None else batch.step + 1,
+            "finished_step": self.cursor.step,
+            "sample_ids": ids,
+            "seed": self.recipe.train.seed,
+            "skipped": [list(window) for window in self._guard.skipped],
+            "rollbacks": self._guard.rollbacks,
+            "strategy": self.recipe.strategy.name,
+            "world_size": self.world.size,
+            "run": None if self.run is None else str(self.run.folder),
+            "checkpoints": None if self.run is None else self.run.checkpoints(self.recipe),
+            "from": self._from,
+        }
+
+    @final
+    def repeat_steps(self, plan: Replay) -> Iterator[int]:
+        """Train as the plan says, keeping nothing; the number of each step that went through."""
+        self._replay = plan
+        for _ in self.steps():
+            yield self.cursor.step
+
+    def _replay_from(self, plan: Replay) -> None:
+        if plan.checkpoint is not None:
+            self._load(plan.checkpoint)
+        for window in plan.skipped:
+            self._guard.skip(window, plan.rollbacks)
 
     # What a person sees.
 
@@ -424,6 +778,7 @@ class Trainer:
             "samples_per_second": (cursor.samples - before.samples) / elapsed,
             "tokens_per_second": (cursor.tokens - before.tokens) / elapsed,
             "memory_bytes": self._control.memory_bytes(),
+            "skipped": self._guard.lost,
         }
         if taken := record.keys() & values.keys():
             raise UserError(
@@ -442,6 +797,7 @@ class Trainer:
     def _evaluate(self) -> None:
         if self._eval_feed is None:
             return
+        self._beat(Phase.EVALUATING)
         began = time.monotonic()
         self.evaluation = self.evaluate()
         pause = time.monotonic() - began
@@ -461,3 +817,14 @@ class Trainer:
     def _event(self, event: str, **facts: Any) -> None:
         if self.world.first and self.run is not None:
             self.run.event(event, **{"step": self.cursor.step, **facts})
+
+
+def _checked_state(state: dict[str, Any], folder: str) -> dict[str, Any]:
+    """What `_save` keeps beside the tensors. Raises CheckpointDamaged where another hand wrote something else."""
+    if (
+        not all(isinstance(state.get(key), dict) for key in ("cursor", "identity", "extra"))
+        or set(cursor := state["cursor"]) != {"step", "samples", "tokens"}
+        or not all(type(count) is int and count >= 0 for count in cursor.values())
+    ):
+        raise CheckpointDamaged(f"the state in {folder} is none of a Trainer; go on from another checkpoint")
+    return state

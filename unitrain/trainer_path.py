@@ -41,6 +41,8 @@ def _is_trainer(value: object, base: type) -> bool:
 
 
 def _named_module(name: str) -> ModuleType:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise RecipeError(f"trainer is in {name!r}, which is no module's name; for a file, write path/to/file.py:Class")
     folder = str(Path.cwd())
     if folder not in sys.path and "" not in sys.path:
         sys.path.insert(0, folder)  # as `python` itself does; a console script does not
@@ -57,7 +59,10 @@ def _named_module(name: str) -> ModuleType:
 
 def _file_module(file: str, beside: Path | None) -> ModuleType:
     folders = [Path.cwd(), *([beside] if beside is not None else [])]
-    path = next((folder / file for folder in folders if (folder / file).is_file()), None)
+    try:
+        path = next((folder / file for folder in folders if (folder / file).is_file()), None)
+    except OSError as error:
+        raise RecipeError(f"trainer is in the file {file!r}, which cannot be looked for: {error.strerror}") from error
     if path is None:
         raise RecipeError(f"trainer is in the file {file!r}, which is not in {' or '.join(map(str, folders))}")
     path = path.resolve()

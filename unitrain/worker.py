@@ -18,11 +18,15 @@ from .agent.failures import leave_failure
 from .agent.logs import attempt_folders, rank_log
 from .agent.rank import die_with, leave, line_buffered, skip_teardown, write_to
 from .agent.records import hostname
-from .errors import ExitCode, UnitrainError
-from .world import World
+from .agent.report import Failure, keep_capsule
+from .errors import ExitCode, UnitrainError, type_name
+from .heartbeat import Phase
+from .world import World, environment
 
 if TYPE_CHECKING:
     from .trainer import Trainer
+
+_MOST_LETTERS = 60_000  # of an error and of its traceback, as they are told to the agent; the log has all
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,22 +58,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(build: Callable[[], Trainer], run_dir: Path | None, *, keep_logs: bool = False) -> int:
     """Build a trainer and train; an error becomes a report and an exit code."""
     faulthandler.enable(2)  # where C code crashes, the log still says which Python line was running
-    world = World()
+    world, trainer = World(), None
     try:
         world = World.from_environment()
+        if world.stacks is not None:
+            # By C code in the signal handler itself: it also speaks of a rank that hangs in C code or holds the GIL.
+            faulthandler.register(signal.SIGQUIT, open(world.stacks, "w"), all_threads=True)  # noqa: SIM115
+        world.beat(Phase.STARTING, 0)
         if world.starter == "torchrun":
             die_with(os.getppid(), signal.SIGKILL)  # torchrun itself, when killed, leaves its workers running
         if keep_logs and run_dir is not None:
             _log_to(run_dir, world)
-        return build().fit().exit_code
+        trainer = build()
+        return trainer.fit().exit_code
     except UnitrainError as error:
-        return _fail(error, world, run_dir, error.exit_code, expected=True)
+        return _fail(error, world, run_dir, error.exit_code, trainer, expected=True)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BaseException as error:
         if isinstance(error, SystemExit) and not error.code:
             return ExitCode.DONE
-        return _fail(error, world, run_dir, ExitCode.FAILED, expected=False)
+        return _fail(error, world, run_dir, ExitCode.FAILED, trainer, expected=False)
 
 
 def _log_to(run_dir: Path, world: World) -> None:
@@ -82,7 +91,9 @@ def _log_to(run_dir: Path, world: World) -> None:
     sys.stdout, sys.stderr = line_buffered(1), line_buffered(2)
 
 
-def _fail(error: BaseException, world: World, run_dir: Path | None, exit_code: int, *, expected: bool) -> int:
+def _fail(
+    error: BaseException, world: World, run_dir: Path | None, exit_code: int, trainer: Trainer | None, *, expected: bool
+) -> int:
     """Tell the agent, or leave a record for the launcher; then write it to the log. Expected: without a traceback."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -92,26 +103,29 @@ def _fail(error: BaseException, world: World, run_dir: Path | None, exit_code: i
         "rank": world.rank,
         "pid": os.getpid(),
         "host": hostname(),
-        "type": _name(type(error)),
-        "message": str(error),
-        "traceback": text,
+        "type": type_name(type(error)),
+        "message": str(error)[:_MOST_LETTERS],
+        "traceback": text[-_MOST_LETTERS:],
         "exit_code": int(exit_code),
         "monotonic": time.monotonic(),
         "time": time.time(),
         "log_size": output.st_size if stat.S_ISREG(output.st_mode) else None,
+        "retry": getattr(error, "retry", True) is not False,
+        "account": None,
     }
+    try:
+        account["account"] = None if trainer is None else trainer.failure_account()
+    except Exception as another:  # the run's own failure must be told, whatever has become of the Trainer
+        account["account_error"] = f"{type_name(type(another))}: {another}"
     # Before it is printed: the agent then knows from where on rank 0's log repeats what it will say itself.
     world.tell_agent(kind="error", **account)
     if world.agent_fd is None and run_dir is not None and run_dir.is_dir():
         leave_failure(run_dir, account)
+    if world.starter == "alone" and trainer is not None and trainer.run is not None:
+        failure = Failure.from_message(account, Path(os.devnull))
+        keep_capsule(failure, trainer.run.folder, environment())
     print(text.rstrip() or error, file=sys.stderr, flush=True)
     return exit_code
-
-
-def _name(kind: type[BaseException]) -> str:
-    return (
-        kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
-    )
 
 
 if __name__ == "__main__":

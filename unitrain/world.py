@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import UserError
+from .heartbeat import Heartbeat, Phase
 
 LOOPBACK = "127.0.0.1"
 
@@ -67,6 +68,10 @@ class World:
     starter: str = "alone"  # what started this rank: agent, torchrun, horovodrun, mpirun, srun, alone
     threads: int | None = None  # intra-op CPU threads; None leaves the framework's default
     agent_fd: int | None = None  # our agent listens here, one JSON object a line
+    heartbeat: Heartbeat | None = None  # our agent sees here that this rank gets on
+    group: str = ""  # name of the processes on several machines that are one job, where the starter has one
+    memory_fd: int | None = None  # our agent's memory for snapshots, which outlives this rank
+    stacks: str | None = None  # file into which this rank writes its stacks when our agent asks
 
     @property
     def first(self) -> bool:
@@ -88,6 +93,16 @@ class World:
             os.write(self.agent_fd, line.encode())
         except BrokenPipeError:
             pass  # the agent is gone: the run itself may still finish
+
+    def beat(self, phase: Phase, step: int) -> None:
+        """Tell the agent, if one watches, that this rank gets on."""
+        if self.heartbeat is not None:
+            self.heartbeat.beat(phase, step)
+
+    @property
+    def supervisor(self) -> int:
+        """The process that lives as long as the job does: what starts its attempts, or this rank itself."""
+        return os.getppid() if self.starter in ("agent", "torchrun") else os.getpid()
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> World:
@@ -115,8 +130,17 @@ class World:
             coordinator=_coordinator(environ, starter, found["nodes"]) if size > 1 else "",
             starter="agent" if agent_fd is not None else starter,
             threads=threads,
+            group=_group(environ) if agent_fd is None and starter == "torchrun" else "",
             agent_fd=agent_fd,
+            heartbeat=Heartbeat.of(environ["UNITRAIN_HEARTBEAT"]) if "UNITRAIN_HEARTBEAT" in environ else None,
+            memory_fd=_integer(environ, "UNITRAIN_MEMORY") if "UNITRAIN_MEMORY" in environ else None,
+            stacks=environ.get("UNITRAIN_STACKS"),
         )
+
+
+def environment() -> dict[str, str]:
+    """All variables of this process, secrets among them: for `redaction`, which decides what may be kept."""
+    return dict(os.environ)
 
 
 def forget_variables(*prefixes: str) -> list[str]:
@@ -125,6 +149,12 @@ def forget_variables(*prefixes: str) -> list[str]:
     for name in found:
         del os.environ[name]
     return found
+
+
+def _group(environ: Mapping[str, str]) -> str:
+    """torchrun's `--rdzv-id`; `none` is what everybody has who gave none."""
+    name = environ.get("TORCHELASTIC_RUN_ID", "none")
+    return "" if name == "none" else name[:200]
 
 
 def _starter(environ: Mapping[str, str]) -> str | None:

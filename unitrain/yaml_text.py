@@ -68,9 +68,9 @@ def read_group(text: str, file: str) -> tuple[dict[str, Any], Places]:
         if not isinstance(root, yaml.MappingNode):
             raise RecipeError(f"{file}:1: this is {_kind(root)}; a recipe is groups of keys such as `train:`")
         keys: dict[str, str] = {}
-        for key, line in _keys(root, "", file):
+        for count, (key, line) in enumerate(_keys(root, "", file)):
             keys.setdefault(key, f"{file}:{line}")
-            if len(keys) > MAX_NODES:
+            if count > MAX_NODES:
                 raise RecipeError(f"{file} holds more than {MAX_NODES} values once its aliases are written out")
         values = OmegaConf.create(text, max_yaml_expanded_nodes=None)  # counted above
         return _plain(OmegaConf.to_container(values, resolve=False), file), Places(file, keys)
@@ -169,6 +169,7 @@ def _keys(node: Any, prefix: str, file: str, depth: int = 0) -> Iterator[tuple[s
         yield path, line
         yield from _keys(child, path, file, depth + 1)
     for group in merged:  # after the group's own keys, which win
+        yield prefix, group.start_mark.line + 1  # counts, also where the group is empty
         yield from _keys(group, prefix, file, depth + 1)
 
 

@@ -29,6 +29,7 @@ CASES = {
     "local-spawned": Job(nodes=1, nproc=4, fork=False, options={"grace_seconds": 20, "detached": True}, **JOB),
     "torchrun": Job(nodes=1, nproc=2, **JOB),
     "torchrun-restarts": Job(nodes=1, nproc=8, options={"max_restarts": 3, "local_addr": None}, **JOB),
+    "torchrun-elastic": Job(nodes=4, nproc=8, options={"rdzv_endpoint": "node-1:29400", "min_nodes": 1}, **JOB),
     "torchrun-nodes": Job(nodes=2, nproc=8, options={"rdzv_endpoint": "node-1:29400"}, **JOB),
     "torchrun-static": Job(nodes=2, nproc=8, options={"master_addr": "node-1", "node_rank": 1}, **JOB),
 }
@@ -90,6 +91,7 @@ def test_a_rendering_is_the_recorded_one(case: str) -> None:
         ("local", {"nodes": 2}, "launcher.nodes is 2", "--launcher torchrun"),
         ("local", {"options": {"grace": 3}}, "no option 'grace'", "grace_seconds"),
         ("torchrun", {"nodes": 2}, "where 2 nodes meet", "rdzv_endpoint=HOST:PORT"),
+        ("torchrun", {"options": {"min_nodes": 2}}, "min_nodes is 2", "from 1 to 1"),
         ("torchrun", {"options": {"nnodes": 2}}, "launcher.nodes", "set launcher.nodes"),
         ("torchrun", {"options": {"detached": True}}, "no option 'detached'", "--launcher local"),
     ],

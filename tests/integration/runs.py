@@ -119,7 +119,7 @@ def fit_together(shape: str, folders: Sequence[Path]) -> None:
 def copied(folder: Path, to: Path, *, up_to: int) -> Path:
     """A copy of a run as it was when the checkpoint of step `up_to` was its newest."""
     shutil.copytree(folder, to)
-    for found in (to / "checkpoints").iterdir():
+    for found in (to / "checkpoints").glob("s*"):
         if int(found.name[1:9]) > up_to:
             shutil.rmtree(found)
     return to

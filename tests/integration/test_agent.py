@@ -218,14 +218,14 @@ def test_a_killed_rank_is_named_with_its_signal_and_its_peers_errors_are_not(att
             except ConnectionRefusedError:
                 time.sleep(0.01)
         print("these are my last words")
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGTERM)
         """,
         fork=fork,
     )
     code, _, err = run.run()
     assert code == 70
     assert "ConnectionError: connection closed by peer" in run.log(0)
-    assert last_line(err).startswith("rank 1 was killed by SIGKILL")
+    assert last_line(err).startswith("rank 1 was killed by SIGTERM")
     assert "these are my last words" in err
     assert "ConnectionError" not in err
 
@@ -337,6 +337,86 @@ def test_a_signal_stops_all_ranks_and_kills_those_that_stay(attempt: Any, number
     assert "Traceback" not in err
     assert not any(rank.alive for rank in ranks)
     assert run.record("exit.json")["exit_code"] == code
+
+
+def test_a_second_ctrl_c_waits_for_nobody(attempt: Any) -> None:
+    run = attempt("signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('up')\ntime.sleep(60)")
+    agent = run.start()
+    ranks = run.started()
+    began = time.monotonic()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):  # whatever a scheduler repeats changes nothing
+        agent.send_signal(number)
+        time.sleep(1.1)
+    agent.communicate(timeout=10)
+    assert agent.returncode == 130
+    assert 2.2 < time.monotonic() - began < 8
+    assert not any(rank.alive for rank in ranks)
+
+
+@both_starters
+def test_ranks_that_die_are_started_again_from_the_same_warm_process(attempt: Any, fork: bool) -> None:
+    run = attempt(
+        """
+        print("generation", world.generation, IMPORTED_BY, os.environ["UNITRAIN_ATTEMPT"])
+        here = f"rank-{world.rank}-{world.generation}"
+        open(here, "w").close()
+        while world.rank == 1 and not os.path.exists(here.replace("1", "0", 1)):
+            time.sleep(0.01)
+        if world.rank == 1 and world.generation < 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if world.generation < 2:
+            time.sleep(60)
+        """,
+        fork=fork,
+        recovery={"restarts": 3},
+    )
+    code, out, err = run.run()
+    assert code == 0, err
+    lines = [line.split() for line in out.splitlines()]
+    assert [(line[1], line[3]) for line in lines] == [("0", "0"), ("1", "1"), ("2", "2")]
+    assert len({line[2] for line in lines}) == (1 if fork else 3)
+    assert err.count("rank 1 was killed by SIGKILL") == 2
+    assert "restart 2 in 1 s, from the beginning" in err
+    assert [event["event"] for event in run.events()] == ["fault", "restart", "fault", "restart", "stop"]
+    first, second = (event for event in run.events() if event["event"] == "restart")
+    assert (first["attempt"], first["rank"], second["attempt"]) == (1, 1, 2)
+    assert first["seconds"] < 1 <= second["seconds"]
+
+
+def test_a_warm_process_that_is_killed_is_replaced(attempt: Any) -> None:
+    run = attempt(
+        """
+        print(os.getppid())
+        if world.generation == 0 and world.rank == 0:
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(60)
+        """,
+        recovery={"restarts": 3},
+    )
+    code, out, err = run.run()
+    assert code == 0, err
+    assert len(set(out.split())) == 2
+
+
+def test_ranks_that_die_again_and_again_are_given_up(attempt: Any) -> None:
+    run = attempt("os.kill(os.getpid(), signal.SIGKILL)", nproc=1, recovery={"restarts": 3})
+    code, _, err = run.run()
+    assert code == 93
+    assert "crash loop: 3 attempts in a row failed without a newer checkpoint\n  3 x rank 0: rank 0 was killed" in err
+    assert last_line(err).startswith("rank 0 was killed by SIGKILL")
+    assert [event["event"] for event in run.events()].count("restart") == 2
+    assert run.record("exit.json")["exit_code"] == 93
+
+
+def test_a_run_that_waits_for_its_next_attempt_can_be_stopped(attempt: Any) -> None:
+    run = attempt("os.kill(os.getpid(), signal.SIGKILL)", nproc=1, recovery={"restarts": 9})
+    agent = run.start()
+    while "in 2 s" not in agent.stderr.readline():
+        assert agent.poll() is None
+    agent.send_signal(signal.SIGTERM)
+    _, err = agent.communicate(timeout=1.5)
+    assert agent.returncode == 143
+    assert "stopped by SIGTERM" in err
 
 
 @both_starters

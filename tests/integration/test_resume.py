@@ -46,7 +46,10 @@ from .trainers import NUM_ROWS
 
 TIGHT = 1e-5
 STEPS = 40
-LONG = [trainer("Slow"), f"train.steps={STEPS}", "train.eval_every=0", "checkpoint.every=7"]
+LONG = [
+    *(trainer("Slow"), f"train.steps={STEPS}", "train.eval_every=0", "checkpoint.every=7"),
+    "recovery.restarts=0",  # a kill is to end the run: test_recovery has those that go on by themselves
+]
 SHAPES = ["ddp-2", "ddp-3", "fsdp2-2"]
 
 
@@ -373,7 +376,8 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
 @pytest.mark.parametrize("small_disk", ["512k"], indirect=True)
 def test_a_full_disk_at_the_last_save_fails_the_run_with_one_message(small_disk: Path, tmp_path: Path) -> None:
     (small_disk / "ballast").write_bytes(bytes(os.statvfs(small_disk).f_bfree * os.statvfs(small_disk).f_bsize))
-    ended = launch(ROWS, tmp_path / "run", "ddp-2", *FEW, f"checkpoint.path={small_disk}/checkpoints")
+    place = f"checkpoint.path={small_disk}/checkpoints"
+    ended = launch(ROWS, tmp_path / "run", "ddp-2", *FEW, place, "recovery.restarts=0")
     assert ended.code == 70
     assert "failed, the previous one stays: " in ended.last_line
     assert "No space left on device" in ended.last_line

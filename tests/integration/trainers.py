@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -136,6 +138,51 @@ class Failing(Rows):
         assert self.run is not None, "the run has started"
         if self.cursor.step == 5 and not (self.run.folder / "pass").exists():
             raise RuntimeError("this step fails")
+        return super().step(batch)
+
+
+class FailsOnce(Slow):
+    """Rank 1 fails once, in step 12."""
+
+    def step(self, batch: unitrain.Batch) -> unitrain.StepOut:
+        """One update, or the failure."""
+        assert self.run is not None, "the run has started"
+        marker = self.run.folder / "failed"
+        if self.cursor.step == 11 and self.world.rank == 1 and not marker.exists():
+            marker.touch()
+            raise RuntimeError("this step fails once")
+        return super().step(batch)
+
+
+class LostSlot(Slow):
+    """Rank 1 never comes to its first step."""
+
+    def build_source(self, split: str) -> unitrain.Source:
+        """It ends without a word."""
+        if self.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().build_source(split)
+
+
+class NeverSteps(Rows):
+    """A mistake in the user's code."""
+
+    def step(self, batch: unitrain.Batch) -> unitrain.StepOut:
+        """No update."""
+        raise TypeError("step takes no batch")
+
+
+class Signalled(Rows):
+    """Gets the signal that the run's folder names, in step 6 of its first attempt."""
+
+    def step(self, batch: unitrain.Batch) -> unitrain.StepOut:
+        """One update."""
+        assert self.run is not None, "the run has started"
+        order = self.run.folder / "signal"
+        if self.cursor.step == 5 and order.exists():
+            number = int(order.read_text())
+            order.unlink()
+            os.kill(os.getpid(), number)
         return super().step(batch)
 
 

@@ -61,10 +61,13 @@ def assert_falls_back(root: Path, named: str) -> None:
     assert (root / "s00000002-a").exists(), "kept for inspection"
 
 
-def test_every_flipped_bit_is_found_and_the_previous_checkpoint_is_used(root: Path) -> None:
+def test_every_flipped_bit_is_found_and_the_previous_checkpoint_is_used(
+    root: Path, full_drills: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     chance = random.Random(0)
     places = [(name, place) for name in FILES for place in range((root / "s00000002-a" / name).stat().st_size)]
-    for name, place in chance.sample(places, 300):
+    flips = 10_000 if full_drills else 200
+    for name, place in chance.choices(places, k=flips):
         path = root / "s00000002-a" / name
         sound = path.read_bytes()
         changed = bytearray(sound)
@@ -73,11 +76,15 @@ def test_every_flipped_bit_is_found_and_the_previous_checkpoint_is_used(root: Pa
         assert_falls_back(root, name)
         path.write_bytes(sound)
     assert open_newest(str(root)).reader.step == 2  # type: ignore[union-attr]
+    with capsys.disabled():
+        print(f"\n{flips} flipped bits: {flips} found, and the file named")
 
 
-def test_every_truncation_is_found_without_reading_contents(root: Path) -> None:
-    chance = random.Random(1)
-    for _ in range(100):
+def test_every_truncation_is_found_without_reading_contents(
+    root: Path, full_drills: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chance, cuts = random.Random(1), 200 if full_drills else 60
+    for _ in range(cuts):
         name = chance.choice(FILES)
         path = root / "s00000002-a" / name
         sound = path.read_bytes()
@@ -85,6 +92,8 @@ def test_every_truncation_is_found_without_reading_contents(root: Path) -> None:
         assert newest(str(root)).step == 1  # type: ignore[union-attr]
         assert_falls_back(root, name)
         path.write_bytes(sound)
+    with capsys.disabled():
+        print(f"\n{cuts} truncations: {cuts} found, and the file named")
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "MANIFEST.json"])

@@ -97,12 +97,12 @@ MISTAKES: list[tuple[str, list[str], str]] = [
         f"{CUSTOM}zzz: 1",
         [],
         "gpt.yaml:2: no key 'zzz'; a recipe has the keys name, trainer, model, data, optimizer, schedule, train, "
-        "strategy, launcher, checkpoint",
+        "strategy, launcher, checkpoint, recovery, guard",
     ),
     (
         f"{CUSTOM}checkpoint: {{asynchronous: true}}",
         [],
-        "gpt.yaml:2: no key 'checkpoint.asynchronous'; checkpoint has the keys every, keep, async, path",
+        "gpt.yaml:2: no key 'checkpoint.asynchronous'; checkpoint has the keys every, keep, async, memory_every, path",
     ),
     (
         f"{CUSTOM}launcher: {{\n nproc: 2,\n time: 1}}",

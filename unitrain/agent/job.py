@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from .records import read_record
 
 if TYPE_CHECKING:
     from ..launcher import Job  # not at run time: it imports numpy, and an agent must start in milliseconds
 
 FILE = "job.json"
+_MOST_RANKS = 1 << 20
+_MOST_SECONDS = 1e9
 WORKER = "unitrain.worker:main"
 
 
@@ -26,7 +29,26 @@ class AgentJob:
     preload: tuple[str, ...] = ()  # modules that the warm process imports before it forks ranks
     fork: bool = True
     entry: str = WORKER  # what a rank runs, as module:function; it takes the arguments and returns an exit code
-    grace_seconds: float = 5.0  # between SIGTERM and SIGKILL when the ranks are stopped
+    grace_seconds: float = 30.0  # between SIGTERM and SIGKILL when the ranks are stopped; they save meanwhile
+    min_nproc: int | None = None  # ranks with which the run still goes on where slots are lost; None: all
+    restarts: int = 0  # failed attempts in a row without a newer checkpoint that end the run; 0: the first one does
+    hang_seconds: float | None = None  # without progress in a step; None: from the run's own step times
+
+    def __post_init__(self) -> None:
+        for name, count, least in (("nodes", self.nodes, 1), ("nproc", self.nproc, 1), ("restarts", self.restarts, 0)):
+            if type(count) is not int or not least <= count <= _MOST_RANKS:
+                raise ValueError(f"{name} is {str(count)[:40]!r}, which is no number from {least} to {_MOST_RANKS}")
+        if self.min_nproc is not None and (type(self.min_nproc) is not int or not 1 <= self.min_nproc <= self.nproc):
+            raise ValueError(f"min_nproc is {str(self.min_nproc)[:40]!r}, which is no number from 1 to {self.nproc}")
+        for name, seconds in (("grace_seconds", self.grace_seconds), ("hang_seconds", self.hang_seconds)):
+            if seconds is not None and (type(seconds) not in (int, float) or not 0 <= seconds <= _MOST_SECONDS):
+                raise ValueError(f"{name} is {str(seconds)[:40]!r}, which is no time")
+        words = {"run_id": self.run_id, "entry": self.entry} | {f"preload {word!r}": word for word in self.preload}
+        for name, word in words.items():
+            if not isinstance(word, str):
+                raise ValueError(f"{name[:60]} is no word")
+        if type(self.fork) is not bool:
+            raise ValueError("fork is neither true nor false")
 
 
 def job_text(job: Job, launcher: str) -> str:
@@ -38,6 +60,7 @@ def job_text(job: Job, launcher: str) -> str:
         "nproc": job.nproc,
         "preload": list(job.preload),
         "fork": job.fork,
+        "recovery": asdict(job.recovery),
         "options": dict(job.options),
     }
     return json.dumps(values, indent=2) + "\n"
@@ -46,19 +69,22 @@ def job_text(job: Job, launcher: str) -> str:
 def read_job(run_dir: Path) -> AgentJob:
     """The job of a run's folder. Raises UserError where there is none."""
     path = run_dir / FILE
+    values = read_record(path)
+    if values is None:
+        raise UserError(f"{run_dir} has no {FILE}, so it is not the folder of a run")
     try:
-        values = json.loads(path.read_text())
-        options = values["options"]
+        options, recovery = values["options"], values.get("recovery", {})
         return AgentJob(
             run_id=values["run_id"],
             nodes=values["nodes"],
             nproc=values["nproc"],
             preload=tuple(values["preload"]),
             fork=values["fork"],
+            min_nproc=options.get("min_nproc"),
             entry=options.get("entry", WORKER),
             grace_seconds=float(options.get("grace_seconds", AgentJob.grace_seconds)),
+            restarts=recovery.get("restarts", AgentJob.restarts),
+            hang_seconds=recovery.get("hang_seconds"),
         )
-    except FileNotFoundError as error:
-        raise UserError(f"{run_dir} has no {FILE}, so it is not the folder of a run") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (AttributeError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); launch the run anew") from error

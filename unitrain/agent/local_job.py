@@ -8,7 +8,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,12 @@ def start_job(job: Job, rendered: Rendered, launcher: str, *, detached: bool = F
     return process
 
 
-def wait_for(process: subprocess.Popen[bytes]) -> tuple[int, int | None]:
-    """The exit code of a job that we started, and the signal, if any, that we got meanwhile and passed on."""
-    with _forwarded_to(process) as caught:
+def wait_for(process: subprocess.Popen[bytes], *, understands: Collection[int] = STOPPING) -> tuple[int, int | None]:
+    """The exit code of a job that we started, and the signal, if any, that we got meanwhile and passed on.
+
+    What the job's own agent does not understand is passed on as SIGTERM.
+    """
+    with _forwarded_to(process, understands) as caught:
         return process.wait(), caught[0] if caught else None
 
 
@@ -71,11 +74,14 @@ def job_status(run_dir: Path, job_id: str) -> JobStatus:
         return JobStatus("unknown", detail=f"it was started on {process.host}; ask there")
     if ended is None:
         return JobStatus("failed", detail=f"its process {process.pid} is gone and has left no exit code")
-    code = ended["exit_code"]
+    found = ended.get("exit_code")
+    if type(found) is not int:
+        raise UserError(f"{run_dir / EXIT} is damaged: its exit code is {str(found)[:40]!r}")
+    code: Any = found
     if code in _STOPPED:
         return JobStatus("cancelled", code, f"stopped by {_STOPPED[code]}")
     states = {ExitCode.DONE: "done", ExitCode.PREEMPTED: "preempted"}
-    return JobStatus(states.get(code, "failed"), code, ended.get("error", ""))
+    return JobStatus(states.get(code, "failed"), code, str(ended.get("error", "")))
 
 
 def job_log(run_dir: Path, *, rank: int, follow: bool) -> Iterator[str]:
@@ -119,6 +125,9 @@ def job_state(run_dir: Path) -> dict[str, Any]:
     state = read_record(run_dir / STATE)
     if state is None:
         raise UserError(f"no job was started in {run_dir}; start one with unitrain launch")
+    kinds = {"job_id": str, "submitted": float, "attempt": int, "process": dict}
+    if odd := [key for key, kind in kinds.items() if type(state.get(key)) is not kind]:
+        raise UserError(f"{run_dir / STATE} is damaged: it has no {' and no '.join(odd)}; start the run anew")
     return state
 
 
@@ -126,11 +135,14 @@ def _process(run_dir: Path, job_id: str) -> Process:
     state = job_state(run_dir)
     if state["job_id"] != job_id:
         raise UserError(f"{run_dir} has no job {job_id!r}; its newest is {state['job_id']}")
-    return Process(**state["process"])
+    try:
+        return Process(**state["process"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{run_dir / STATE} is damaged: {error}; start the run anew") from error
 
 
 @contextlib.contextmanager
-def _forwarded_to(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+def _forwarded_to(process: subprocess.Popen[bytes], understands: Collection[int]) -> Iterator[list[int]]:
     """Pass signals on: a terminal sends them to the job as well, but `kill` and `docker stop` do not."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -139,7 +151,7 @@ def _forwarded_to(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
 
     def forward(number: int, frame: object) -> None:
         caught.append(number)
-        process.send_signal(number)
+        process.send_signal(number if number in understands else signal.SIGTERM)
 
     before = {number: signal.signal(number, forward) for number in STOPPING}
     try:

@@ -64,14 +64,16 @@ class GrowingFile:
 
 
 def log_lines(find: Callable[[], Path | None], ended: Callable[[], bool], *, follow: bool) -> Iterator[str]:
-    """Lines of a log; with `follow` those that are still to come, until the job has ended."""
+    """Lines of a log; with `follow` those that are still to come, also of later attempts, until the job has ended."""
     rest, file = "", None
     while True:
         last = not follow or ended()  # asked before reading: what comes before the end is read
-        path = find() if file is None else file.path
-        if file is None and path is not None:
+        path = find()
+        text = file.read() if file else ""
+        if path is not None and (file is None or file.path != path):  # another attempt: nothing is added to the old log
             file = GrowingFile(path)
-        *lines, rest = (rest + (file.read() if file else "")).split("\n")
+            text += ("\n" if rest + text and not text.endswith("\n") else "") + file.read()
+        *lines, rest = (rest + text).split("\n")
         yield from lines
         if last:
             break

@@ -29,6 +29,24 @@ class RankStart:
     environ: Mapping[str, str]
     log: str
     agent_fd: int  # the rank's end of its pipe to the agent
+    heartbeat_fd: int  # memory that the agent reads (see `heartbeat`)
+    slot: int  # the rank's place in it
+    memory_fd: int = -1  # memory for snapshots, which outlives the rank (see `checkpoint.memory`); -1: none
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Its environment, with the descriptors as they are in this process."""
+        own = {
+            "UNITRAIN_AGENT_FD": str(self.agent_fd),
+            "UNITRAIN_HEARTBEAT": f"{self.heartbeat_fd}:{self.slot}",
+            "UNITRAIN_MEMORY": str(self.memory_fd),
+        }
+        return {**self.environ, **own}
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """The descriptors that it takes along."""
+        return self.agent_fd, self.heartbeat_fd, self.memory_fd
 
 
 def become_rank(start: RankStart, *, parent: int, others: Iterable[int]) -> None:
@@ -42,8 +60,9 @@ def become_rank(start: RankStart, *, parent: int, others: Iterable[int]) -> None
     for fd in others:
         os.close(fd)
     _redirect(start.log)
-    os.environ.update(start.environ)
-    os.set_inheritable(start.agent_fd, False)
+    os.environ.update(start.variables)
+    for fd in start.fds:
+        os.set_inheritable(fd, False)
     random.seed()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()

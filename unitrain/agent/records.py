@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
@@ -10,9 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
+
 AGENT = "agent.json"  # the agent's process and those of its ranks
 EXIT = "exit.json"  # how the last attempt ended
 EVENTS = "events.jsonl"
+_MOST_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,13 @@ class Process:
     pid: int
     host: str
     started: str  # clock ticks since boot, from the kernel; empty where the system does not tell
+
+    def __post_init__(self) -> None:
+        # `kill` takes 0 for a whole group, and -1 for every process that it may end.
+        if type(self.pid) is not int or not 0 < self.pid < 1 << 31:
+            raise ValueError(f"no process has the number {str(self.pid)[:40]!r}")
+        if not isinstance(self.host, str) or not isinstance(self.started, str):
+            raise ValueError("the host and the start of a process are words")
 
     @classmethod
     def of(cls, pid: int) -> Process:
@@ -60,11 +69,22 @@ def write_record(path: Path, **values: Any) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A JSON file's values; None where there is none."""
-    with contextlib.suppress(FileNotFoundError):
-        values: dict[str, Any] = json.loads(path.read_text())
-        return values
-    return None
+    """A JSON file's values; None where there is none. Raises UserError for anything but an object of moderate size."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"it is larger than {_MOST_BYTES >> 20} MiB")
+        values = json.loads(content)
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__}, no object")
+    except FileNotFoundError:
+        return None
+    except RecursionError as error:
+        raise UserError(f"{path} cannot be used: it is nested too deep") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be used: {error}") from error
+    return values
 
 
 def write_agent(run_dir: Path, attempt: int, pids: dict[int, int]) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import shlex
 import signal
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ExitCode
+from ..heartbeat import Phase
+from .hang import Hang
 from .logs import last_lines
 from .records import EVENTS
+from .screen import say
 from .starters import Ended, describe_exit
 
 _HEAD_START_SECONDS = 1.0
@@ -32,6 +36,12 @@ class Failure:
     error: str = ""  # the exception's last line, or how it ended
     traceback: str = ""  # empty for an error that its message explains
     spoke: bool = True  # False: it ended without an exception of its own
+    hung: bool = False
+    stacks: Path | None = None  # what it was doing when it hung
+    retry: bool = True  # False: it would fail in the same way again
+    exception: Mapping[str, str] | None = None  # type and message
+    account: Mapping[str, Any] | None = None  # where the rank's Trainer stood
+    step: int | None = None  # in which it hung, from 1
 
     @classmethod
     def from_message(cls, message: dict[str, Any], log: Path) -> Failure:
@@ -47,6 +57,9 @@ class Failure:
             how=f"raised {message['type']}",
             error=message["message"] if expected else f"{message['type']}: {message['message']}".removesuffix(": "),
             traceback=message["traceback"],
+            retry=message.get("retry") is not False,
+            exception={"type": message["type"], "message": message["message"]},
+            account=account if isinstance(account := message.get("account"), dict) else None,
         )
 
     @classmethod
@@ -70,6 +83,50 @@ class Failure:
             spoke=False,
         )
 
+    @classmethod
+    def from_hang(cls, hang: Hang, *, host: str, log: Path, pid: int, stacks: Path) -> Failure:
+        """A rank that got on no more."""
+        return cls(
+            rank=hang.rank,
+            at=0,  # nothing failed before it
+            host=host,
+            log=log,
+            pid=pid,
+            how=f"hangs: it {hang}",
+            error=f"rank {hang.rank} hangs: it {hang}",
+            spoke=False,
+            hung=True,
+            step=hang.step + (hang.phase == Phase.STEP),
+            stacks=stacks if stacks.exists() and stacks.stat().st_size else None,
+        )
+
+
+def keep_capsule(failure: Failure, run_dir: Path, environ: Mapping[str, str], **facts: Any) -> Path | None:
+    """The failure's own folder; None where the disk does not take it, which is said."""
+    from ..capsule import write_capsule  # here: seldom needed, and not light
+
+    attempt = failure.log.parent
+    try:
+        return write_capsule(
+            run_dir,
+            environ,
+            account=failure.account,
+            rank=failure.rank,
+            host=failure.host,
+            how="hang" if failure.hung else "exception" if failure.spoke else "end",
+            error=failure.error,
+            exception=failure.exception,
+            traceback=failure.traceback,
+            exit_code=int(failure.exit_code),
+            stacks=sorted(str(path.relative_to(run_dir)) for path in attempt.glob("stacks-rank-*.txt")),
+            log=str(failure.log) if failure.log.is_file() else None,
+            last_lines=last_lines(failure.log, _LAST_LINES),
+            **facts,
+        )
+    except (OSError, ValueError) as error:
+        say(f"note: the failure could not be kept in {run_dir}: {error}")
+        return None
+
 
 def first_failure(failures: Iterable[Failure]) -> Failure:
     """The one that made the others fail."""
@@ -81,7 +138,7 @@ def failure_exit_code(failure: Failure) -> ExitCode:
     return ExitCode.BAD_RECIPE if failure.exit_code == ExitCode.BAD_RECIPE else ExitCode.FAILED
 
 
-def failure_block(failure: Failure, run_dir: Path, *, log_shown: bool) -> str:
+def failure_block(failure: Failure, run_dir: Path, *, log_shown: bool, capsule: Path | None = None) -> str:
     """The last words of a failed run. The first failing rank's own exception is the last of them."""
     process = f"pid {failure.pid}, {failure.host}" if failure.pid else failure.host
     lines = [
@@ -89,9 +146,34 @@ def failure_block(failure: Failure, run_dir: Path, *, log_shown: bool) -> str:
         f"  its log: {_near(failure.log)}",
         f"  {next_command(run_dir)}",
     ]
+    if failure.stacks is not None:
+        lines.append(f"  the stacks of all ranks: {_near(failure.stacks.parent)}/stacks-rank-*.txt")
+    if capsule is not None:
+        lines.append(f"  all that is known of it: {_near(capsule)}; to see it again: unitrain repro {_near(capsule)}")
     if not failure.spoke and not log_shown:
         lines += ["  its last lines:", *(f"    {line}" for line in last_lines(failure.log, _LAST_LINES))]
     lines.append(failure.traceback.rstrip() or failure.error)
+    return "\n".join(lines)
+
+
+def restart_words(failure: Failure, restart: int, step: int, after_seconds: float) -> str:
+    """One line for a run that goes on by itself."""
+    if failure.spoke:
+        error = failure.error.splitlines()[0] if failure.error else ""
+        what = f"rank {failure.rank} {failure.how} (its log: {_near(failure.log)}): {error}"
+    else:
+        what = f"{failure.error} (its log: {_near(failure.log)})"
+    wait = f" in {after_seconds:g} s" if after_seconds else ""
+    whence = f"from step {step}" if step else "from the beginning"
+    return f"{what}; restart {restart}{wait}, {whence}"
+
+
+def loop_words(faults: Counter[tuple[int, str]]) -> str:
+    """Why a run is not started again though it might be."""
+    lines = [f"crash loop: {faults.total()} attempts in a row failed without a newer checkpoint"]
+    for (rank, error), count in faults.most_common():
+        first = error.splitlines()[0] if error else ""
+        lines.append(f"  {count} x rank {rank}: {first}")
     return "\n".join(lines)
 
 

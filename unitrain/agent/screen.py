@@ -26,10 +26,15 @@ class Stream:
             _write(sys.stdout, text)
             self._line_open = not text.endswith("\n")
 
-    def close(self) -> None:
-        """End the last line."""
+    def end_line(self) -> None:
+        """End a line that was cut off."""
         if self._line_open:
             _write(sys.stdout, "\n")
+            self._line_open = False
+
+    def close(self) -> None:
+        """End the last line."""
+        self.end_line()
 
 
 class LivePanel:
@@ -56,10 +61,15 @@ class LivePanel:
         for line in lines:
             self._print(line)
 
-    def close(self) -> None:
-        """Print what is left and leave the panel as it stands."""
+    def end_line(self) -> None:
+        """Print what is left of a line that was cut off."""
         if self._rest:
             self._print(self._rest)
+            self._rest = ""
+
+    def close(self) -> None:
+        """Print what is left and leave the panel as it stands."""
+        self.end_line()
         if self._panel is not None:
             self._panel.close()
 

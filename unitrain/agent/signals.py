@@ -8,7 +8,8 @@ import signal
 import threading
 from types import TracebackType
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# USR1 and USR2: schedulers announce the end of a job by them
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class SignalPipe:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
 from .rank import RankStart, become_rank
+
+_COMMAND_BYTES = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,13 @@ class CannotFork(Exception):
 
 
 class Starter(ABC):
-    """Starts the ranks of one node and tells what becomes of them."""
+    """Starts the ranks of one node, for one attempt after another, and tells what becomes of them."""
 
     wake_fd: int | None = None  # becomes readable when there is news; None: SIGCHLD tells
 
     @abstractmethod
     def start(self, starts: Sequence[RankStart]) -> None:
-        """Begin to start ranks; `news` tells when they are there."""
+        """Begin to start ranks, when those of the attempt before have ended; `news` tells when they are there."""
 
     @abstractmethod
     def news(self) -> list[Started | Ended]:
@@ -56,6 +60,42 @@ class Starter(ABC):
     def close(self) -> None:
         """Give up what the starter holds; called when every rank has ended."""
         return
+
+
+class FirstSafe(Starter):
+    """The first of several starters that does not refuse."""
+
+    def __init__(self, starters: Sequence[Starter], refused: Callable[[CannotFork], None]) -> None:
+        self._starter, *self._others = starters
+        self._refused = refused
+        self._starts: Sequence[RankStart] = ()
+
+    @property
+    def wake_fd(self) -> int | None:  # type: ignore[override]  # another one after a refusal
+        """That of the starter in use."""
+        return self._starter.wake_fd
+
+    def start(self, starts: Sequence[RankStart]) -> None:
+        """See Starter."""
+        self._starts = starts
+        self._starter.start(starts)
+
+    def news(self) -> list[Started | Ended]:
+        """See Starter; a refusal is told, and the next starter begins."""
+        try:
+            return self._starter.news()
+        except CannotFork as refusal:
+            if not self._others:
+                raise
+            self._refused(refusal)
+            self._starter.close()
+            self._starter = self._others.pop(0)
+            self._starter.start(self._starts)
+            return []
+
+    def close(self) -> None:
+        """See Starter."""
+        self._starter.close()
 
 
 class Spawn(Starter):
@@ -73,12 +113,12 @@ class Spawn(Starter):
             with open(start.log, "ab") as log:
                 process = subprocess.Popen(
                     self._command,
-                    env={**self._defaults, **os.environ, **start.environ},
+                    env={**self._defaults, **os.environ, **start.variables},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
-                    pass_fds=[start.agent_fd],
+                    pass_fds=start.fds,
                 )
             self._processes[start.rank] = process
             self._news.append(Started(start.rank, process.pid))
@@ -105,21 +145,34 @@ class Warm(Starter):
         self._log = log
         self._alive: dict[int, int | None] = {}  # rank -> pid, once known
         self._rest = b""
+        self._lost = False  # the warm process is gone
 
     def start(self, starts: Sequence[RankStart]) -> None:
-        """Start the warm process; it forks the ranks when its imports are done."""
-        commands, self._commands = os.pipe()
+        """Have the warm process fork the ranks when its imports are done; it is started where there is none yet."""
+        if self._lost:
+            self.close()
+        if self.wake_fd is None:
+            self._launch()
+        self._alive = {start.rank: None for start in starts}
+        try:
+            for start in starts:
+                send_start(self._commands, start)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it has just ended: `news` tells
+
+    def _launch(self) -> None:
+        self._commands, commands = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.wake_fd, events = os.pipe()
         os.set_blocking(self.wake_fd, False)
         task = {
             "parent": os.getpid(),
-            "commands": commands,
+            "commands": commands.fileno(),
             "events": events,
             "preload": self._preload,
             "entry": self._entry,
             "arguments": self._arguments,
         }
-        with self._log.open("ab") as log:
+        with self._log.open("ab") as log, commands:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "unitrain.agent.warm", json.dumps(task)],
                 env={**self._defaults, **os.environ},
@@ -127,24 +180,21 @@ class Warm(Starter):
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                pass_fds=[commands, events, *(start.agent_fd for start in starts)],
+                pass_fds=[commands.fileno(), events],
             )
-        os.close(commands)
         os.close(events)
-        self._alive = {start.rank: None for start in starts}
-        os.write(self._commands, json.dumps([asdict(start) for start in starts]).encode() + b"\n")
+        self._rest, self._lost = b"", False
 
     def news(self) -> list[Started | Ended]:
         """What the warm process reports; when it is gone, so are its ranks."""
         assert self.wake_fd is not None, "started before"
         news: list[Started | Ended] = []
-        gone = False
-        while not gone:
+        while not self._lost:
             try:
                 chunk = os.read(self.wake_fd, 65536)
             except BlockingIOError:
                 break
-            gone = not chunk
+            self._lost = not chunk
             self._rest += chunk
         *lines, self._rest = self._rest.split(b"\n")
         for line in lines:
@@ -157,16 +207,19 @@ class Warm(Starter):
             else:
                 del self._alive[event["rank"]]
                 news.append(Ended(**event))
-        if gone and self._alive:
-            news += self._lost()
+        if self._lost and self._alive:
+            news += self._ended_with_it()
         return news
 
-    def _lost(self) -> list[Started | Ended]:
+    def _ended_with_it(self) -> list[Started | Ended]:
         """The kernel kills the ranks of a warm process that is gone: they are as good as ended."""
         code = self._process.wait()
         cause = f"the process that forked it (pid {self._process.pid}) {describe_exit(code)}; see {self._log}"
         if all(pid is None for pid in self._alive.values()):
             raise CannotFork(f"the warm process {describe_exit(code)} before it had forked a rank; see {self._log}")
+        for pid in self._alive.values():
+            if pid is not None:
+                _await_end(pid)  # a new attempt must find none of the old one
         lost = [Ended(rank, -signal.SIGKILL, time.monotonic(), cause) for rank in self._alive]
         self._alive.clear()
         return [*lost]
@@ -175,7 +228,7 @@ class Warm(Starter):
         """End the warm process: it leaves when nobody can command it any more."""
         if self.wake_fd is None:
             return  # it was never started
-        os.close(self._commands)
+        self._commands.close()
         self._process.wait()
         os.close(self.wake_fd)
         self.wake_fd = None
@@ -215,6 +268,20 @@ class Forks(Starter):
         return news
 
 
+def send_start(commands: socket.socket, start: RankStart) -> None:
+    """Send a rank's place and its descriptors to another process."""
+    socket.send_fds(commands, [json.dumps(asdict(start)).encode()], start.fds)
+
+
+def receive_start(commands: socket.socket) -> RankStart | None:
+    """What `send_start` has sent, with the descriptors as they are here; None when the sender is gone."""
+    data, fds, _, _ = socket.recv_fds(commands, _COMMAND_BYTES, 3, socket.MSG_CMSG_CLOEXEC)
+    if not data:
+        return None
+    agent_fd, heartbeat_fd, memory_fd = fds
+    return replace(RankStart(**json.loads(data)), agent_fd=agent_fd, heartbeat_fd=heartbeat_fd, memory_fd=memory_fd)
+
+
 def fork_rank(start: RankStart, parent: int, others: Sequence[int]) -> int:
     """Fork a rank; 0 in the rank itself, its pid in the parent."""
     with warnings.catch_warnings():
@@ -235,6 +302,16 @@ def reap(pids: dict[int, int]) -> list[Ended]:
             del pids[rank]
             ended.append(Ended(rank, os.waitstatus_to_exitcode(status), time.monotonic()))
     return ended
+
+
+def _await_end(pid: int) -> None:
+    """Until a process that is no child of ours is gone."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    select.select([fd], [], [])
+    os.close(fd)
 
 
 def describe_exit(code: int) -> str:

@@ -1,4 +1,4 @@
-"""The warm process: imports the framework once, then forks ranks that have it already.
+"""The warm process: imports the framework once, then forks ranks that have it already, for one attempt after another.
 
 `python -m unitrain.agent.warm TASK` is started by `starters.Warm`. It stays single-threaded and touches no device:
 a fork copies one thread only, and no locks that others hold.
@@ -13,14 +13,15 @@ import json
 import os
 import select
 import signal
+import socket
 import sys
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .rank import RankStart, die_with, run_entry, skip_teardown
+from .rank import die_with, run_entry, skip_teardown
 from .signals import SignalPipe, signal_group
-from .starters import fork_rank, reap
+from .starters import fork_rank, reap, receive_start
 
 _OWN_THREADS = Path("/proc/self/task")
 
@@ -41,39 +42,38 @@ def main() -> None:
     signal.signal(signal.SIGTERM, end_with_agent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's is for the agent
     die_with(task["parent"], signal.SIGTERM)
-    starts = _prepare(task)
-    if starts is not None and serve(task, starts, pids):
+    if _prepare(task) and serve(task, pids):
         run_entry(task["entry"], task["arguments"])
     sys.stderr.flush()
     os._exit(0)  # whatever threads the imports have started
 
 
-def serve(task: dict[str, Any], starts: list[RankStart], pids: dict[int, int]) -> bool:
-    """Fork the ranks and report their ends until the agent is gone. True in a rank, which then goes its own way."""
-    commands, events = task["commands"], task["events"]
-    parent = os.getpid()
-    with SignalPipe((signal.SIGCHLD,)) as signals:
-        for start in starts:
-            others = [commands, events, *(other.agent_fd for other in starts if other != start)]
-            pid = fork_rank(start, parent, others)
-            if pid == 0:
-                return True
-            pids[start.rank] = pid
-            _tell(events, rank=start.rank, pid=pid)
-        for start in starts:
-            os.close(start.agent_fd)
+def serve(task: dict[str, Any], pids: dict[int, int]) -> bool:
+    """Fork ranks and report their ends until the agent is gone. True in a rank, which then goes its own way."""
+    events, parent = task["events"], os.getpid()
+    with SignalPipe((signal.SIGCHLD,)) as signals, socket.socket(fileno=task["commands"]) as commands:
         while True:
-            readable, _, _ = select.select([commands, signals.fd], [], [])
+            readable, _, _ = select.select([commands.fileno(), signals.fd], [], [])
             signals.caught()
             for ended in reap(pids):
                 _tell(events, rank=ended.rank, code=ended.code, at=ended.at)
-            if commands in readable:  # no more commands come after the first: it was closed
+            if commands.fileno() not in readable:
+                continue
+            start = receive_start(commands)
+            if start is None:
                 _kill(pids)
                 return False
+            pid = fork_rank(start, parent, [events])
+            if pid == 0:
+                return True
+            pids[start.rank] = pid
+            for fd in start.fds:
+                os.close(fd)
+            _tell(events, rank=start.rank, pid=pid)
 
 
-def _prepare(task: dict[str, Any]) -> list[RankStart] | None:
-    """Import what the ranks need and read which ranks to fork; None where a fork would not be safe."""
+def _prepare(task: dict[str, Any]) -> bool:
+    """Import what the ranks need; False where a fork would not be safe."""
     gc.disable()  # imports make little garbage; looking for it takes a third of their time
     for module in task["preload"]:
         try:
@@ -81,17 +81,15 @@ def _prepare(task: dict[str, Any]) -> list[RankStart] | None:
         except Exception as error:
             traceback.print_exc()
             _tell(task["events"], refused=f"importing {module} failed: {type(error).__name__}: {error}")
-            return None
+            return False
     threads = len(list(_OWN_THREADS.iterdir())) if _OWN_THREADS.is_dir() else 0
     if threads != 1:
         found = f"the preloaded modules run {threads} threads" if threads else f"there is no {_OWN_THREADS}"
         _tell(task["events"], refused=found)
-        return None
+        return False
     gc.freeze()  # what is imported is never collected, so that its pages stay shared
     gc.enable()
-    with open(task["commands"], "rb", closefd=False) as commands:
-        line = commands.readline()
-    return [RankStart(**values) for values in json.loads(line)] if line else None
+    return True
 
 
 def _tell(events: int, **event: Any) -> None:

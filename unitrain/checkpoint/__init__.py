@@ -6,6 +6,8 @@ A checkpoint exists if and only if its manifest is valid. Saver writes, open_new
 from __future__ import annotations
 
 from .catalog import Catalog, Found, Newest, PassedOver, list_checkpoints, newest, open_newest
+from .fence import take_over
+from .lease import Holder, Lease, take_lease
 from .reader import CheckpointReader
 from .saver import Saver, SaveReport
 
@@ -13,6 +15,8 @@ __all__ = [
     "Catalog",
     "CheckpointReader",
     "Found",
+    "Holder",
+    "Lease",
     "Newest",
     "PassedOver",
     "SaveReport",
@@ -20,4 +24,6 @@ __all__ = [
     "list_checkpoints",
     "newest",
     "open_newest",
+    "take_lease",
+    "take_over",
 ]

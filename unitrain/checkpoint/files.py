@@ -21,7 +21,7 @@ from typing import BinaryIO, NamedTuple
 
 from ..errors import CheckpointDamaged
 
-_READ_BYTES = 4 << 20
+_READ_BYTES = 1 << 20  # stays in the processor's cache until it is hashed
 
 
 class FileRecord(NamedTuple):
@@ -53,6 +53,10 @@ class Folder(ABC):
     def names(self) -> list[str]:
         """Names of the files and folders inside, sorted; none where there is no such folder."""
 
+    def linked(self, name: str) -> bool:
+        """True for a name that leads elsewhere: nothing behind it is ours to delete."""
+        return False
+
     @abstractmethod
     def size(self, name: str) -> int:
         """Bytes of a file."""
@@ -64,6 +68,14 @@ class Folder(ABC):
     @abstractmethod
     def publish(self, name: str, data: bytes) -> None:
         """Write a file that is there whole or not at all."""
+
+    def touch(self, name: str, data: bytes) -> None:
+        """Change a file's stamp, by writing it anew where there is no other way."""
+        self.publish(name, data)
+
+    def stamp(self, name: str) -> str:
+        """Another text than before whenever the file was touched or written meanwhile."""
+        return self.read(name, most=1 << 20).hex()
 
     @abstractmethod
     def delete(self, name: str) -> None:
@@ -146,6 +158,10 @@ class LocalFolder(Folder):
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def linked(self, name: str) -> bool:
+        """True for a symbolic link."""
+        return os.path.islink(self._path / name)
+
     def size(self, name: str) -> int:
         """Bytes of a file."""
         return os.stat(self._path / name, follow_symlinks=False).st_size
@@ -172,6 +188,15 @@ class LocalFolder(Folder):
                 os.unlink(self._path / draft)
             raise
         _sync_folder(self._path)
+
+    def touch(self, name: str, data: bytes) -> None:
+        """Change its time of modification, and nothing else."""
+        os.utime(self._path / name, follow_symlinks=False)
+
+    def stamp(self, name: str) -> str:
+        """Its inode and its time of modification: by whatever clock, for only changes count."""
+        found = os.stat(self._path / name, follow_symlinks=False)
+        return f"{found.st_ino} {found.st_mtime_ns}"
 
     def delete(self, name: str) -> None:
         """Unlink a file if it is there, and make that durable."""

@@ -66,7 +66,12 @@ class CheckpointReader:
         self._trust(STATE)
         with self._reading(STATE):
             data = self._files.read(STATE, most=MAX_MANIFEST_BYTES)
-        state: dict[str, Any] = json.loads(data)
+        try:
+            state = json.loads(data)  # leniently: what a Trainer keeps in `extra` may hold a NaN
+        except (ValueError, RecursionError) as error:
+            raise CheckpointDamaged(f"{self.folder}/{STATE} is damaged: {error}") from error
+        if not isinstance(state, dict):
+            raise CheckpointDamaged(f"{self.folder}/{STATE} is damaged: it holds a {type(state).__name__}, no object")
         return state
 
     @property

@@ -13,6 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,15 +21,17 @@ from ..errors import CheckpointError
 from ..strategy import Shard
 from .arena import Arena
 from .container import ELEMENT_TYPES, header_bytes
+from .fence import Replaced, refuse_replaced
 from .files import FileRecord, Folder, open_folder
 from .manifest import MANIFEST, MAX_MANIFEST_BYTES, STATE, Box, Manifest, Part, Tensor
 from .retention import FolderName, abandoned, doomed
 from .strict import intact
 
 PATIENCE_SECONDS = 600.0
-FILE_BYTES = 1 << 30
+FILE_BYTES = 128 << 20  # several files are written, and later read, at once
 
 _MAX_TENSORS_PER_FILE = 100_000  # keeps the header far below the format's limit
+_WRITING_THREADS = 2
 _CLOSING_SECONDS = 5.0
 _FIRST_POLL_SECONDS, _LAST_POLL_SECONDS = 0.005, 1.0
 _NONCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}")
@@ -41,7 +44,7 @@ class SaveReport:
     step: int
     name: str  # of the folder under the root
     ok: bool
-    seconds: float  # from the call of `save` to the end
+    seconds: float  # from the call of `save` until it was durable, or had failed; old ones are deleted after that
     stall_seconds: float  # of these, how long the caller waited for the copy; an earlier save's end not counted
     bytes: int  # of this writer's tensors
     error: str | None = None  # with `ok`: what went wrong afterwards, while old checkpoints were deleted
@@ -52,7 +55,8 @@ class Saver:
 
     `nonce` is the attempt's, the same on all writers and never used before. `producer` goes into the manifest.
     `report` is called once for each save, from the background thread where saving is asynchronous. A save that
-    fails leaves the previous checkpoint in place; `wait` raises what happened. A process that ends without `close`
+    fails leaves the previous checkpoint in place; `wait` raises what happened. An attempt that another one has replaced
+    (see `fence`) publishes and deletes nothing: its next call raises Replaced. A process that ends without `close`
     gives up the save under way, which harms nothing.
     """
 
@@ -104,8 +108,8 @@ class Saver:
         self._last_step, self._error = step, None
         snapshot = _Snapshot(
             name=FolderName(step, self._nonce, self._tries),
-            items=_copied(self._arena, shards, self._known),
-            state=_json(state),
+            items=copied(self._arena, shards, self._known),
+            state=state_bytes(state),
             started=started,
             stall_seconds=time.perf_counter() - started,
         )
@@ -148,8 +152,11 @@ class Saver:
     def _run(self, snapshot: _Snapshot) -> None:
         """One save from its copy to its report."""
         folder = self._root.sub(str(snapshot.name))
-        error, trouble = None, self._tidied(self._sweep, snapshot.name)
+        error: CheckpointError | None = None
+        trouble: str | None = None
         try:
+            refuse_replaced(self._root, self._nonce)
+            trouble = self._tidied(self._sweep, snapshot.name)
             self._write(folder, snapshot)
             if self._writer == 0:
                 self._publish(folder, snapshot)
@@ -157,8 +164,14 @@ class Saver:
             error = CheckpointError(f"checkpoint {folder.url} failed, the previous one stays: {_told(cause)}")
             error.__cause__ = cause
             self._give_up(folder, error)
-        else:
-            trouble = self._tidied(self._retain, snapshot.name) or trouble
+        seconds = time.perf_counter() - snapshot.started
+        if error is None:
+            try:
+                refuse_replaced(self._root, self._nonce)  # by now: then the other may read it, and decides what goes
+                trouble = self._tidied(self._retain, snapshot.name) or trouble
+            except Exception as cause:  # of any storage library
+                error = CheckpointError(f"checkpoint {folder.url} may not count: {_told(cause)}")
+                error.__cause__ = cause
         self._error = error
         self.failures = self.failures + 1 if error else 0
         self._report(
@@ -166,26 +179,31 @@ class Saver:
                 step=snapshot.name.step,
                 name=str(snapshot.name),
                 ok=error is None,
-                seconds=time.perf_counter() - snapshot.started,
+                seconds=seconds,
                 stall_seconds=snapshot.stall_seconds,
                 bytes=self._arena.used,
                 error=str(error) if error else trouble,
             )
         )
+        if error is not None and isinstance(error.__cause__, Replaced):
+            raise error.__cause__  # nothing that this attempt does will ever count
 
     def _write(self, folder: Folder, snapshot: _Snapshot) -> None:
         """This writer's files, and last its part table."""
         folder.make()
-        files: dict[str, FileRecord] = {}
         tensors = {item.tensor.identity: item.tensor for item in snapshot.items}
         boxes: dict[tuple[str, str, str], list[Box]] = {}
-        for number, items in enumerate(_files(snapshot.items, self._file_bytes)):
+        contents: dict[str, list[bytes | memoryview]] = {}
+        for number, items in enumerate(grouped(snapshot.items, self._file_bytes)):
             name = f"part-{self._writer}-{number}.safetensors"
             keys = [f"t{place:06d}" for place in range(len(items))]
             header = header_bytes([(key, item.tensor.dtype, item.shape) for key, item in zip(keys, items, strict=True)])
-            files[name] = folder.write(name, [header, *self._arena.chunks(items[0].start, items[-1].stop)])
+            contents[name] = [header, *self._arena.chunks(items[0].start, items[-1].stop)]
             for key, item in zip(keys, items, strict=True):
                 boxes.setdefault(item.tensor.identity, []).append(Box(name, key, item.offset, item.shape))
+        # While one file waits for the disk, another is copied.
+        with ThreadPoolExecutor(_WRITING_THREADS) as pool:
+            files = dict(zip(contents, pool.map(folder.write, contents, contents.values()), strict=True))
         part = Part(
             step=snapshot.name.step,
             writer=self._writer,
@@ -206,6 +224,7 @@ class Saver:
         files = {f"part-{part.writer}.json": record for part, record in tables}
         files[STATE] = folder.write(STATE, [snapshot.state])
         manifest = Manifest.of_parts(parts, files, time=time.time(), producer=self._producer)
+        refuse_replaced(self._root, self._nonce)
         folder.publish(MANIFEST, manifest.to_bytes())
 
     def _collect(self, folder: Folder, step: int) -> list[tuple[Part, FileRecord]]:
@@ -275,7 +294,9 @@ class Saver:
             _discard(self._root.sub(str(name)))
 
     def _folder_names(self) -> list[FolderName]:
-        return [name for text in self._root.names() if (name := FolderName.parse(text))]
+        """Those that may be deleted."""
+        names = [name for text in self._root.names() if (name := FolderName.parse(text))]
+        return [name for name in names if not self._root.linked(str(name))]
 
     def _is_published(self, name: FolderName) -> bool:
         """True where there is a manifest with its bytes unchanged; a damaged one is kept for inspection."""
@@ -304,7 +325,7 @@ class _Snapshot:
     stall_seconds: float
 
 
-def _copied(arena: Arena, shards: Mapping[str, Iterable[Shard]], known: dict[Any, Tensor]) -> list[_Item]:
+def copied(arena: Arena, shards: Mapping[str, Iterable[Shard]], known: dict[Any, Tensor]) -> list[_Item]:
     """Copy every shard; raises CheckpointError for one that contradicts itself.
 
     `known` holds the tensors of earlier saves, which are the same ones: only new ones need a check.
@@ -339,7 +360,7 @@ def _tensor(role: str, shard: Shard) -> Tensor:
         raise CheckpointError(f"a checkpoint cannot hold this shard: {error}") from error
 
 
-def _files(items: Iterable[_Item], file_bytes: int) -> Iterator[list[_Item]]:
+def grouped(items: Iterable[_Item], file_bytes: int) -> Iterator[list[_Item]]:
     """The items of each file, in order: no file larger than asked unless one item is. Empty items are in none."""
     group: list[_Item] = []
     for item in items:
@@ -359,7 +380,8 @@ def _discard(folder: Folder) -> None:
     folder.remove()
 
 
-def _json(state: Mapping[str, Any]) -> bytes:
+def state_bytes(state: Mapping[str, Any]) -> bytes:
+    """The trainer's state as JSON. Raises CheckpointError where it is none."""
     try:
         return json.dumps(state).encode()
     except (TypeError, ValueError) as error:

@@ -11,12 +11,13 @@ from typing import Annotated
 import typer
 
 from ..errors import UnitrainError
-from . import exporting, importing, launch, listing, runs, verifying
+from . import auditing, chaos, exporting, importing, launch, listing, runs, verifying
 
 app = typer.Typer(
     name="unitrain",
     help="One Trainer, any training backend, any cluster, nothing lost.",
-    epilog="Exit codes: 0 done, 2 wrong usage, 70 failed, 78 bad recipe, 130 interrupted.",
+    epilog="Exit codes: 0 done, 2 wrong usage, 70 failed, 75 stopped and saved, 78 bad recipe, 93 crash loop, "
+    "130 interrupted.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -31,6 +32,9 @@ app.command("cancel")(runs.cancel)
 app.command("export")(exporting.export)
 app.command("import")(importing.import_)
 app.command("verify")(verifying.verify)
+app.command("chaos")(chaos.chaos)
+app.command("audit")(auditing.audit)
+app.command("repro")(auditing.repro)
 
 
 def main() -> None:

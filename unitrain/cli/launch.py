@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -30,6 +31,23 @@ Strategy = Annotated[
         "--strategy", metavar="NAME", help="Train with this backend instead.", autocompletion=complete.strategies
     ),
 ]
+
+
+def _checked_range(text: str | None) -> str | None:
+    if text is not None and _range(text, "")[0] is None:
+        raise typer.BadParameter(f"{text!r} is neither a number nor the fewest and the most, such as 1:4")
+    return text
+
+
+Ranks = Annotated[
+    str | None,
+    typer.Option(
+        "--nproc",
+        metavar="N",
+        callback=_checked_range,
+        help="Ranks on each node; 1:4: four, and at least one when others are lost.",
+    ),
+]
 Nproc = Annotated[int | None, typer.Option("--nproc", metavar="N", min=1, help="Ranks on each node.")]
 
 
@@ -45,8 +63,11 @@ def launch(
             "--launcher", metavar="NAME", help="Start it by this launcher instead.", autocompletion=complete.launchers
         ),
     ] = None,
-    nproc: Nproc = None,
-    nodes: Annotated[int | None, typer.Option("--nodes", metavar="N", min=1, help="Machines.")] = None,
+    nproc: Ranks = None,
+    nodes: Annotated[
+        str | None,
+        typer.Option("--nodes", metavar="N", callback=_checked_range, help="Machines; 1:4: as few as one of four."),
+    ] = None,
     run_dir: Annotated[
         Path | None,
         typer.Option("--run-dir", metavar="DIR", help="The run's own folder; else runs/<name>-<time>-<short id>."),
@@ -59,7 +80,10 @@ def launch(
     from ..recipe_file import check, load_recipe
     from ..run import RUNS, Run, new_id
 
-    recipe = load_recipe(recipe_path, overrides or [], strategy=strategy, launcher=launcher, nproc=nproc, nodes=nodes)
+    ranks, fewest_ranks = _range(nproc, "min_nproc")
+    machines, fewest_machines = _range(nodes, "min_nodes")
+    changes = [*fewest_ranks, *fewest_machines, *(overrides or [])]
+    recipe = load_recipe(recipe_path, changes, strategy=strategy, launcher=launcher, nproc=ranks, nodes=machines)
     if run_dir is not None:
         Run.refuse_taken(run_dir)
     check(recipe, with_strategy=dry_run)  # a strategy's class costs the import of its framework; its ranks check again
@@ -75,7 +99,7 @@ def resume(
     name: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or id.", autocompletion=complete.runs)],
     overrides: Overrides = None,
     strategy: Strategy = None,
-    nproc: Nproc = None,
+    nproc: Ranks = None,
 ) -> None:
     """Go on with a run from its newest checkpoint.
 
@@ -90,13 +114,22 @@ def resume(
         raise UserError(f"{run.id} is {state}; wait for its end, or stop it with `unitrain cancel {name}`")
     folder = _near(run.folder)
     _return_to(run.launched().get("cwd"))
-    recipe = load_recipe(run.recipe_path, overrides or [], strategy=strategy, nproc=nproc)
+    ranks, fewest = _range(nproc, "min_nproc")
+    recipe = load_recipe(run.recipe_path, [*fewest, *(overrides or [])], strategy=strategy, nproc=ranks)
     check(recipe)
     kept = run.rewrite_recipe(recipe)
     code = _start(run, recipe, folder)
     if code == ExitCode.BAD_RECIPE and kept is not None:
         run.take_back_recipe(kept)  # or the next resume would be refused for the same change
     raise typer.Exit(code)
+
+
+def _range(text: str | None, option: str) -> tuple[int | None, list[str]]:
+    """`4`, or `1:4` as the most and the override that gives the launcher the fewest; None for neither."""
+    found = re.fullmatch(r"(?:([1-9]\d{0,5}):)?([1-9]\d{0,5})", text or "")
+    if found is None or (found[1] and int(found[1]) > int(found[2])):
+        return None, []
+    return int(found[2]), [f"launcher.options.{option}={found[1]}"] if found[1] else []
 
 
 def _return_to(folder: str | None) -> None:
@@ -127,6 +160,7 @@ def _prepared(run: Run, recipe: Recipe) -> tuple[Launcher, Job, Rendered]:
         options=recipe.launcher.options,
         preload=entry.preload,
         fork=entry.fork,
+        recovery=recipe.recovery,
     )
     return launcher, job, launcher.render(job)
 
@@ -151,11 +185,9 @@ def _start(run: Run, recipe: Recipe, folder: Path) -> int:
     except KeyboardInterrupt:
         print(f"no longer followed; see `unitrain status {folder}`", file=sys.stderr)
         return INTERRUPTED
-    # A failure has said what it had to say: the first failing rank's error stays the last thing on the screen.
+    # Others have said what they had to say: the first failing rank's error stays the last thing on the screen.
     if code == ExitCode.DONE:
         print(f"done: {folder}, metrics in {folder / 'metrics.jsonl'}")
-    elif code == ExitCode.PREEMPTED:
-        print(f"stopped and saved: go on with `unitrain resume {folder}`")
     return code
 
 

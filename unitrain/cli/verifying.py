@@ -61,7 +61,7 @@ def verify(
     recipe = load_recipe(recipe_path, [*given, *(overrides or [])])
     plan = make_plan(recipe, strategies, nproc, steps, tier.value if tier else None)
     root = out or RUNS / new_id(f"{recipe.name}-verify")
-    _refuse_taken(root)
+    refuse_taken(root)
     try:
         found = verify(plan, root, lambda line: print(line, flush=True))
     except Interrupted as stopped:
@@ -85,6 +85,7 @@ def verify(
         raise typer.Exit(ExitCode.FAILED)
 
 
-def _refuse_taken(root: Path) -> None:
+def refuse_taken(root: Path) -> None:
+    """Raise UserError unless the folder is empty or not there."""
     if root.is_file() or (root.is_dir() and any(root.iterdir())):
         raise UserError(f"{root} is not an empty folder; name another with --out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..batch import Batch, MicroBatch
-from ..cursor import even_parts, micro_rows, mix, num_microbatches, rank_rows, sample_ids
+from ..cursor import Window, even_parts, micro_rows, mix, num_microbatches, rank_rows, sample_ids
 from ..errors import DataError, UnitrainError
 from .source import Source, unreadable
 
@@ -51,7 +52,8 @@ class Feed:
         self._rank, self._size, self._even = rank, size, even
         self._ahead = ahead
         self._wanted: SimpleQueue[tuple[_Reader, int] | None] = SimpleQueue()
-        self._training = _Reader(self._training_ids, (seed,))
+        self._skipped: tuple[Window, ...] = ()
+        self._training = _Reader(self._training_ids(), (seed,))
         self._next_step: int | None = None
         self._loading: _Loaded | None = None
         self._closed = False
@@ -65,6 +67,11 @@ class Feed:
         self._wanted.put((self._training, step + self._ahead))
         self._next_step = step + 1
         return self._training.ready.get()
+
+    def skip(self, windows: Sequence[Window]) -> None:
+        """Leave these positions of the sample order out, from the next batch on."""
+        self._skipped = tuple(windows)
+        self._next_step = None  # what is loaded ahead may be other samples
 
     def sweep(self, limit: int | None = None) -> Iterator[Batch]:
         """Every sample once, in order, in global batches, of which the last may be short; at most `limit` batches."""
@@ -95,7 +102,7 @@ class Feed:
     def _seek(self, step: int) -> None:
         self._check_open()
         self._training.gone = True
-        self._training = _Reader(self._training_ids, (self._seed,))
+        self._training = _Reader(self._training_ids(), (self._seed,))
         for number in range(step, step + self._ahead):
             self._wanted.put((self._training, number))
 
@@ -103,8 +110,10 @@ class Feed:
         if self._closed:
             raise DataError(f"the feed of {self._source!r} is closed; make a new one")
 
-    def _training_ids(self, step: int) -> NDArray[np.int64]:
-        return sample_ids(self._seed, step, self._global_batch, self._num_samples)
+    def _training_ids(self) -> Callable[[int], NDArray[np.int64]]:
+        """step -> ids, with the windows that are skipped by now."""
+        size, batch, skipped = self._num_samples, self._global_batch, self._skipped
+        return functools.partial(_ids_of_step, self._seed, batch, size, skipped)
 
     def _sweep_ids(self, number: int) -> NDArray[np.int64]:
         begin = number * self._global_batch
@@ -213,6 +222,10 @@ class _Loaded:
     def fail(self, error: BaseException) -> None:
         self._error = error
         self._done.set()
+
+
+def _ids_of_step(seed: int, global_batch: int, size: int, skipped: Sequence[Window], step: int) -> NDArray[np.int64]:
+    return sample_ids(seed, step, global_batch, size, skipped)
 
 
 def _named_samples(error: Exception) -> set[int]:

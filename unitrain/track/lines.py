@@ -9,7 +9,7 @@ from typing import Any
 # said in a place of their own, or not worth a person's line
 _KNOWN = frozenset({
     "step", "split", "loss", "lr", "grad_norm", "samples", "tokens", "seconds", "samples_per_second",
-    "tokens_per_second", "memory_bytes", "mfu", "weight", "applied",
+    "tokens_per_second", "memory_bytes", "mfu", "weight", "applied", "skipped",
 })  # fmt: skip
 
 

@@ -1,0 +1,405 @@
+"""The life of the ranks of one attempt on one node: started together, watched, and ended together."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ExitCode
+from ..heartbeat import Heartbeats, Phase
+from ..world import LOOPBACK
+from .hang import Hang, Watch, stacks_file, write_stacks
+from .job import AgentJob
+from .logs import GrowingFile, attempt_number, rank_log
+from .noise import NoiseFilter
+from .rank import RankStart
+from .records import append_event, hostname, write_agent
+from .report import Failure, first_failure
+from .screen import LivePanel, Stream
+from .signals import STOPPING, SignalPipe, signal_group
+from .starters import Ended, Started, Starter
+
+_CHUNK_BYTES, _CHUNKS_AT_ONCE = 65536, 64
+_TICK_SECONDS = 0.05  # rank 0's log is a file, and nothing else tells that it grew
+_SETTLE_SECONDS = 0.2  # from the first sign of a failure to ending the others, so that the cause can still speak
+_MESSAGE_BYTES = 4 << 20  # of one message of a rank; what is longer is dropped, and its memory with it
+_SAME_SIGNAL_SECONDS = 1.0  # one Ctrl-C may come twice, from the terminal and from the launcher
+
+
+@dataclass
+class Rank:
+    """One rank as its agent sees it."""
+
+    start: RankStart
+    pipe: int  # the agent's end
+    pid: int | None = None
+    code: int | None = None  # how it ended; None: it has not
+    spoke: bool = False  # it has told of an error
+    unread: bytes = b""
+    overlong: bool = False  # the line of which `unread` was the start is too long
+
+    @property
+    def alive(self) -> bool:
+        """True until it has ended, also before it has started."""
+        return self.code is None
+
+    def messages(self) -> list[dict[str, Any]]:
+        """What the rank has told since the last call."""
+        told = []
+        try:
+            # Not until the pipe is empty: a rank that writes without end must not keep the agent from its work.
+            for _ in range(_CHUNKS_AT_ONCE):
+                chunk = os.read(self.pipe, _CHUNK_BYTES)
+                if not chunk:
+                    break
+                *lines, rest = chunk.split(b"\n")
+                for line in lines:
+                    if not self.overlong and (message := _message(self.unread + line)) is not None:
+                        told.append(message)
+                    self.unread, self.overlong = b"", False
+                self.overlong = self.overlong or len(self.unread) + len(rest) > _MESSAGE_BYTES
+                self.unread = b"" if self.overlong else self.unread + rest
+        except BlockingIOError:
+            pass
+        return told
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How an attempt ended, as far as this node saw it."""
+
+    number: int
+    codes: Mapping[int, int]  # rank -> how its process ended
+    failure: Failure | None  # the first one
+    step: int | None  # of the rank that failed: the one it was in; None: it had not begun
+    failed_at: float  # when its first sign was seen, time.monotonic()
+    signal: int | None  # the first that asked the run to stop
+    resized: bool  # all ranks saved and left because another number of them is to go on
+    finished: int  # steps
+    began: int | None  # step from which it went on; None: it did not come so far
+    saved: int | None  # newest step that it made durable
+
+    @property
+    def progress(self) -> bool:
+        """True when it has left a newer checkpoint than it started from."""
+        return self.saved is not None and self.saved > (self.began or 0)
+
+    @property
+    def next_step(self) -> int:
+        """From where another attempt goes on."""
+        return max(self.saved or 0, self.began or 0)
+
+
+class Attempt:
+    """Runs the ranks of one attempt."""
+
+    def __init__(
+        self,
+        job: AgentJob,
+        run_dir: Path,
+        folder: Path,
+        *,
+        node: int,
+        restarts: int,
+        environ: Mapping[str, str],
+        screen: Stream | LivePanel,
+        signals: SignalPipe,
+        memory_fd: int,
+        resize_due: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.job, self.run_dir, self.screen = job, run_dir, screen
+        self._folder, self._number = folder, attempt_number(folder)
+        self._node, self._restarts, self._environ = node, restarts, environ
+        self._signals, self._memory_fd = signals, memory_fd
+        self._resize_due, self._resizing = resize_due, False
+        self._ranks: dict[int, Rank] = {}
+        self._failures: list[Failure] = []
+        self._watch = Watch(job.hang_seconds)
+        self._signal: int | None = None  # the first that asked us to stop
+        self._stopped_at: float | None = None  # when the ranks were told to stop
+        self._killed = False
+        self._quiet_from: float = math.inf  # where rank 0's own account of its failure begins in its log
+        self._settle_seconds = 0.0
+        self._first_sign = 0.0
+
+    def run(self, starter: Starter) -> Outcome:
+        """Start the ranks and wait until all have ended."""
+        job = self.job
+        with (
+            selectors.DefaultSelector() as self._selector,
+            contextlib.closing(Heartbeats(job.nproc)) as self._heartbeats,
+            held_port() as port,
+        ):
+            self._selector.register(self._signals.fd, selectors.EVENT_READ)
+            self._starter = starter
+            self._wake_fd: int | None = None
+            try:
+                self._start(port)
+                while any(rank.alive for rank in self._ranks.values()):
+                    self._tick()
+                self.screen.text(self._noise.rest())
+            finally:
+                self._clear()
+            return self._outcome()
+
+    def _start(self, port: int) -> None:
+        write_agent(self.run_dir, self._number, {})
+        for local_rank in range(self.job.nproc):
+            rank = self._node * self.job.nproc + local_rank
+            log = rank_log(self._folder, rank)
+            log.touch()
+            pipe, agent_fd = os.pipe()
+            os.set_blocking(pipe, False)
+            self._selector.register(pipe, selectors.EVENT_READ)
+            start = RankStart(
+                rank=rank,
+                environ={**self._environ, **self._place(local_rank, port)},
+                log=str(log),
+                agent_fd=agent_fd,
+                heartbeat_fd=self._heartbeats.fd,
+                memory_fd=self._memory_fd,
+                slot=local_rank,
+            )
+            self._ranks[rank] = Rank(start, pipe)
+        self._first_log, self._noise = GrowingFile(rank_log(self._folder, 0)), NoiseFilter()
+        self._starter.start([rank.start for rank in self._ranks.values()])
+        self._listen()
+
+    def _place(self, local_rank: int, port: int) -> dict[str, str]:
+        """What torchrun would set."""
+        job = self.job
+        rank = self._node * job.nproc + local_rank
+        values = {
+            "RANK": rank,
+            "LOCAL_RANK": local_rank,
+            "WORLD_SIZE": job.nodes * job.nproc,
+            "LOCAL_WORLD_SIZE": job.nproc,
+            "GROUP_RANK": self._node,
+            "GROUP_WORLD_SIZE": job.nodes,
+            "MASTER_ADDR": LOOPBACK,
+            "MASTER_PORT": port,
+            "TORCHELASTIC_RESTART_COUNT": self._restarts,
+            "TORCHELASTIC_RUN_ID": job.run_id,
+            "UNITRAIN_ATTEMPT": self._number,
+            "UNITRAIN_STACKS": stacks_file(self._folder, rank).absolute(),
+        }
+        return {name: str(value) for name, value in values.items()}
+
+    def _listen(self) -> None:
+        """Wake up for news of the starter, which may be another one after a refusal."""
+        if self._wake_fd != self._starter.wake_fd:
+            if self._wake_fd is not None:
+                with contextlib.suppress(KeyError, ValueError):  # closed by the starter that refused
+                    self._selector.unregister(self._wake_fd)
+            self._wake_fd = self._starter.wake_fd
+            if self._wake_fd is not None:
+                self._selector.register(self._wake_fd, selectors.EVENT_READ)
+
+    def _tick(self) -> None:
+        """Wait for anything to happen, take note of it, and act."""
+        self._selector.select(_TICK_SECONDS)
+        for number in self._signals.caught():
+            self._on_signal(number)
+        # In this order: what a rank did before it ended is known when its end is, and a line that is announced before
+        # it is printed is known to be.
+        news = self._starter.news()
+        self._listen()
+        written = self._first_log.size()
+        for rank in self._ranks.values():
+            for message in rank.messages():
+                self._on_message(rank, message)
+        self.screen.text(self._noise.without_noise(self._first_log.read(min(written, self._quiet_from))))
+        for event in news:
+            self._on_news(event)
+        self._look_for_hang()
+        self._resize_if_due()
+        self._stop_if_due()
+
+    def _on_signal(self, number: int) -> None:
+        if number not in STOPPING:
+            return
+        now = time.monotonic()
+        if self._signal is None:
+            self._signal, self._signalled_at = number, now
+        elif number == signal.SIGINT and now - self._signalled_at > _SAME_SIGNAL_SECONDS:
+            self._kill()  # whoever presses Ctrl-C twice does not want to wait; a scheduler may well repeat itself
+
+    def _on_message(self, rank: Rank, message: dict[str, Any]) -> None:
+        kind = message.get("kind")
+        if kind == "progress":
+            self.screen.progress(message)
+        elif kind == "signal":
+            self._on_signal(message["number"])  # it came to one rank; all must know
+        elif kind == "error":
+            self._failed(Failure.from_message(message, rank_log(self._folder, rank.start.rank)))
+            rank.spoke = True
+            if rank.start.rank == 0 and message["log_size"] is not None:
+                self._quiet_from = message["log_size"]
+
+    def _on_news(self, event: Started | Ended) -> None:
+        rank = self._ranks[event.rank]
+        if isinstance(event, Started):
+            rank.pid = event.pid
+            if self._killed:
+                signal_group(event.pid, signal.SIGKILL)
+            elif self._stopped_at is not None:
+                signal_group(event.pid, signal.SIGTERM)  # it missed the first one
+            if all(other.pid for other in self._ranks.values()):
+                pids = {number: other.pid for number, other in self._ranks.items() if other.pid}
+                write_agent(self.run_dir, self._number, pids)
+            return
+        rank.code = event.code
+        of_itself = self._stopped_at is None and not rank.spoke and not self._killed
+        if of_itself and event.code not in (ExitCode.DONE, ExitCode.PREEMPTED):
+            log = rank_log(self._folder, event.rank)
+            self._failed(Failure.from_end(event, host=hostname(), log=log, pid=rank.pid))
+
+    def _failed(self, failure: Failure) -> None:
+        if self._signal is not None:
+            return  # it was asked to end, in whatever way it does
+        if not self._failures:
+            self._first_sign = time.monotonic()
+        self._failures.append(failure)
+        # No rank is killed from outside because another one failed: such a failure is the cause, and has no words.
+        self._settle_seconds = 0.0 if failure.exit_code == -signal.SIGKILL or failure.hung else _SETTLE_SECONDS
+
+    def _look_for_hang(self) -> None:
+        """A rank that gets on no more is a failure, once all ranks have said where they are."""
+        if self._failures or self._signal is not None:
+            return
+        now = time.monotonic()
+        pids = {number: rank.pid for number, rank in self._ranks.items() if rank.alive and rank.pid is not None}
+        for number in pids:
+            self._watch.look(number, self._heartbeats.pulse(self._ranks[number].start.slot), now)
+        hang = self._watch.hang(pids, pids, now)
+        if hang is not None:
+            self._hung(hang, pids)
+
+    def _hung(self, hang: Hang, pids: dict[int, int]) -> None:
+        wrote = write_stacks(self._folder, pids)
+        append_event(
+            self.run_dir,
+            "hang",
+            attempt=self._number,
+            rank=hang.rank,
+            step=hang.step,
+            seconds=round(hang.seconds, 3),
+            stopped=hang.stopped,
+            stacks=[str(stacks_file(self._folder, rank).relative_to(self.run_dir)) for rank in wrote],
+            no_stacks=[rank for rank in pids if rank not in wrote],
+        )
+        log = rank_log(self._folder, hang.rank)
+        failure = Failure.from_hang(
+            hang, host=hostname(), log=log, pid=pids[hang.rank], stacks=stacks_file(self._folder, hang.rank)
+        )
+        self._failed(failure)
+
+    def _resize_if_due(self) -> None:
+        """Once every rank is in its steps, and so knows from where another group would go on."""
+        if self._resizing or self._failures or self._signal is not None or not self._resize_due():
+            return
+        if all(self._heartbeats.pulse(rank.start.slot).finished for rank in self._ranks.values()):
+            self._resizing = True
+            self._heartbeats.ask_to_leave()
+
+    def _stop_if_due(self) -> None:
+        """When one has failed, the others wait for it in vain and are killed; who is asked to stop may save first."""
+        now = time.monotonic()
+        if self._signal is not None and not self._failures:
+            if self._stopped_at is None:
+                self._stopped_at = now
+                self._signal_alive(signal.SIGTERM)
+            elif now - self._stopped_at > self.job.grace_seconds and not self._killed:
+                self._kill()
+        elif self._failures and not self._killed and now - self._first_sign >= self._settle_seconds:
+            self._kill()
+
+    def _kill(self) -> None:
+        self._killed = True
+        self._signal_alive(signal.SIGKILL)
+
+    def _signal_alive(self, number: int) -> None:
+        for rank in self._ranks.values():
+            if rank.alive and rank.pid is not None:
+                signal_group(rank.pid, number)
+
+    def _clear(self) -> None:
+        """Leave no process and no descriptor behind, also after an error of our own."""
+        for rank in self._ranks.values():
+            if rank.pid is not None:
+                signal_group(rank.pid, signal.SIGKILL)  # what a rank has started and left behind is in its group
+            os.close(rank.pipe)
+            os.close(rank.start.agent_fd)
+        for number in self._ranks:
+            stacks = stacks_file(self._folder, number)
+            with contextlib.suppress(FileNotFoundError):
+                if stacks.stat().st_size == 0:  # nobody asked
+                    stacks.unlink()
+
+    def _step_of(self, number: int) -> int | None:
+        """The step that a rank was in by its last beat, from 1."""
+        pulse = self._heartbeats.pulse(self._ranks[number].start.slot)
+        return None if not pulse.beats or pulse.phase == Phase.STARTING else pulse.step + (pulse.phase == Phase.STEP)
+
+    def _outcome(self) -> Outcome:
+        pulses = [self._heartbeats.pulse(rank.start.slot) for rank in self._ranks.values()]
+        codes = {number: rank.code for number, rank in self._ranks.items() if rank.code is not None}
+        left = set(codes.values()) == {ExitCode.PREEMPTED} and not self._failures and self._signal is None
+        failure = first_failure(self._failures) if self._failures else None
+        return Outcome(
+            number=self._number,
+            codes=codes,
+            resized=self._resizing and left,
+            failure=failure,
+            step=None if failure is None else self._step_of(failure.rank),
+            failed_at=self._first_sign,
+            signal=self._signal,
+            finished=max(pulse.finished for pulse in pulses),
+            began=max((pulse.began for pulse in pulses if pulse.began is not None), default=None),
+            saved=max((pulse.saved for pulse in pulses if pulse.saved is not None), default=None),
+        )
+
+
+def _message(line: bytes) -> dict[str, Any] | None:
+    """What a rank has told, if that can be understood: two of its threads may write long lines at once."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
+        return None
+    wanted = _FACTS.get(message["kind"], {})
+    return message if all(isinstance(message.get(name), kind) for name, kind in wanted.items()) else None
+
+
+# kind of a message -> what it must tell, beside what only the screen shows
+_FACTS: Mapping[str, Mapping[str, Any]] = {
+    "signal": {"number": int},
+    "progress": {"record": dict, "line": str, "steps": int},
+    "error": {
+        **{"rank": int, "pid": int, "exit_code": int, "monotonic": float, "log_size": int | None},
+        **{"host": str, "type": str, "message": str, "traceback": str},
+    },
+}
+
+
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """A free port for rank 0, which nobody else gets: held by a bound socket, on which nothing listens.
+
+    Rank 0 may bind it too, because both set SO_REUSEADDR and only one of them listens.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("", 0))
+        yield holder.getsockname()[1]
