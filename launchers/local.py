@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from unitrain.agent.job import FILE, job_text
+from unitrain.agent.job import AGENT_OPTIONS, FILE, job_text
 from unitrain.agent.local_job import cancel_job, job_log, job_status, start_job, wait_for, wait_until_ended
 from unitrain.errors import ExitCode
 from unitrain.launcher import Job, JobStatus, Launcher, Rendered
@@ -15,10 +15,9 @@ from unitrain.recipe import Recipe
 from unitrain.strategy import Problem
 
 OPTIONS = {
-    "grace_seconds": "from SIGTERM to SIGKILL when ranks are stopped, for them to save; 30 unless given",
+    **AGENT_OPTIONS,
     "min_nproc": "the fewest ranks that go on when others are lost for good; launcher.nproc unless given",
     "detached": "true: the run goes on when whoever launched it is interrupted or its terminal closes",
-    "entry": "module:function that a rank runs; unitrain.worker:main unless given",
 }
 
 

@@ -18,6 +18,18 @@ _MOST_RANKS = 1 << 20
 _MOST_SECONDS = 1e9
 WORKER = "unitrain.worker:main"
 
+# What every launcher that starts our agents hands on to them from `launcher.options`.
+AGENT_OPTIONS = {
+    "grace_seconds": "from SIGTERM to SIGKILL when ranks are stopped, for them to save; 30 unless given",
+    "entry": "module:function that a rank runs; unitrain.worker:main unless given",
+}
+# What those that start agents on several nodes hand on beside.
+TEAM_OPTIONS = {
+    "min_nodes": "the fewest nodes that go on when others are lost for good; launcher.nodes unless given",
+    "join_seconds": "how long the first node waits for the others at the start; 600 unless given",
+    "rejoin_seconds": "how long it waits for a lost one to come back; 60 unless given",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class AgentJob:
