@@ -11,14 +11,15 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ExitCode
 from ..heartbeat import Heartbeats, Phase
-from ..world import LOOPBACK
-from .hang import Hang, Watch, stacks_file, write_stacks
+from ..world import environment
+from .hang import Watch, stacks_file, write_stacks
+from .interfaces import interface_of
 from .job import AgentJob
 from .logs import GrowingFile, attempt_number, rank_log
 from .noise import NoiseFilter
@@ -28,11 +29,13 @@ from .report import Failure, first_failure
 from .screen import LivePanel, Stream
 from .signals import STOPPING, SignalPipe, signal_group
 from .starters import Ended, Started, Starter
+from .team import Alone, Placement
 
 _CHUNK_BYTES, _CHUNKS_AT_ONCE = 65536, 64
 _TICK_SECONDS = 0.05  # rank 0's log is a file, and nothing else tells that it grew
 _SETTLE_SECONDS = 0.2  # from the first sign of a failure to ending the others, so that the cause can still speak
 _MESSAGE_BYTES = 4 << 20  # of one message of a rank; what is longer is dropped, and its memory with it
+_INQUIRY_SECONDS = 5.0  # in which every node says which of its ranks is slowest
 _SAME_SIGNAL_SECONDS = 1.0  # one Ctrl-C may come twice, from the terminal and from the launcher
 
 
@@ -88,6 +91,14 @@ class Outcome:
     finished: int  # steps
     began: int | None  # step from which it went on; None: it did not come so far
     saved: int | None  # newest step that it made durable
+    steps: Mapping[int, int | None] = field(default_factory=dict)  # rank -> the one it was in
+    deserted: bool = False  # the agent of node 0 was lost meanwhile
+
+    @property
+    def sent(self) -> dict[str, Any]:
+        """As the agent of another node tells it to that of node 0."""
+        facts = {"finished": self.finished, "began": self.began, "saved": self.saved}
+        return {"codes": dict(self.codes), "steps": dict(self.steps), **facts}
 
     @property
     def progress(self) -> bool:
@@ -100,8 +111,33 @@ class Outcome:
         return max(self.saved or 0, self.began or 0)
 
 
+@dataclass
+class _Inquiry:
+    """Which rank holds up all others: every node is asked for its slowest."""
+
+    waits_for: set[int]  # nodes
+    until: float
+    answers: list[dict[str, Any]] = field(default_factory=list)
+
+    def answered(self, message: dict[str, Any]) -> None:
+        self.waits_for.discard(message["node"])
+        self.answers.append(message)
+
+    @property
+    def blamed(self) -> dict[str, Any] | None:
+        """The answer of the node whose rank it is."""
+        return min((answer for answer in self.answers if "blame" in answer), key=_blame, default=None)
+
+    def ranks(self, kind: str) -> list[int]:
+        return sorted(rank for answer in self.answers for rank in answer[kind])
+
+
+def _blame(answer: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(answer["blame"])
+
+
 class Attempt:
-    """Runs the ranks of one attempt."""
+    """Runs the ranks of one attempt on this node."""
 
     def __init__(
         self,
@@ -116,10 +152,14 @@ class Attempt:
         signals: SignalPipe,
         memory_fd: int,
         resize_due: Callable[[], bool] = lambda: False,
+        team: Alone | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.job, self.run_dir, self.screen = job, run_dir, screen
         self._folder, self._number = folder, attempt_number(folder)
         self._node, self._restarts, self._environ = node, restarts, environ
+        self._team, self._placement = team or Alone(), placement or Placement()
+        self._inquiry: _Inquiry | None = None
         self._signals, self._memory_fd = signals, memory_fd
         self._resize_due, self._resizing = resize_due, False
         self._ranks: dict[int, Rank] = {}
@@ -127,7 +167,8 @@ class Attempt:
         self._watch = Watch(job.hang_seconds)
         self._signal: int | None = None  # the first that asked us to stop
         self._stopped_at: float | None = None  # when the ranks were told to stop
-        self._killed = False
+        self._killed = self._deserted = False
+        self._overdue_told = -math.inf
         self._quiet_from: float = math.inf  # where rank 0's own account of its failure begins in its log
         self._settle_seconds = 0.0
         self._first_sign = 0.0
@@ -138,14 +179,17 @@ class Attempt:
         with (
             selectors.DefaultSelector() as self._selector,
             contextlib.closing(Heartbeats(job.nproc)) as self._heartbeats,
-            held_port() as port,
+            contextlib.nullcontext(self._placement.port) if self._placement.port else held_port() as port,
         ):
             self._selector.register(self._signals.fd, selectors.EVENT_READ)
+            if self._team.wake_fd is not None:
+                self._selector.register(self._team.wake_fd, selectors.EVENT_READ)
             self._starter = starter
             self._wake_fd: int | None = None
             try:
+                self._team.begin(attempt=self._number, restarts=self._restarts, port=port)
                 self._start(port)
-                while any(rank.alive for rank in self._ranks.values()):
+                while any(rank.alive for rank in self._ranks.values()) or self._team.waiting:
                     self._tick()
                 self.screen.text(self._noise.rest())
             finally:
@@ -153,9 +197,9 @@ class Attempt:
             return self._outcome()
 
     def _start(self, port: int) -> None:
-        write_agent(self.run_dir, self._number, {})
+        write_agent(self.run_dir, self._number, {}, node=self._node)
         for local_rank in range(self.job.nproc):
-            rank = self._node * self.job.nproc + local_rank
+            rank = self._first_rank + local_rank
             log = rank_log(self._folder, rank)
             log.touch()
             pipe, agent_fd = os.pipe()
@@ -171,29 +215,41 @@ class Attempt:
                 slot=local_rank,
             )
             self._ranks[rank] = Rank(start, pipe)
-        self._first_log, self._noise = GrowingFile(rank_log(self._folder, 0)), NoiseFilter()
+        self._first_log, self._noise = GrowingFile(rank_log(self._folder, self._first_rank)), NoiseFilter()
         self._starter.start([rank.start for rank in self._ranks.values()])
         self._listen()
 
     def _place(self, local_rank: int, port: int) -> dict[str, str]:
         """What torchrun would set."""
-        job = self.job
-        rank = self._node * job.nproc + local_rank
+        job, placement = self.job, self._placement
+        rank = self._first_rank + local_rank
         values = {
             "RANK": rank,
             "LOCAL_RANK": local_rank,
-            "WORLD_SIZE": job.nodes * job.nproc,
+            "WORLD_SIZE": placement.nodes * job.nproc,
             "LOCAL_WORLD_SIZE": job.nproc,
-            "GROUP_RANK": self._node,
-            "GROUP_WORLD_SIZE": job.nodes,
-            "MASTER_ADDR": LOOPBACK,
+            "GROUP_RANK": placement.index,
+            "GROUP_WORLD_SIZE": placement.nodes,
+            "MASTER_ADDR": placement.host,
             "MASTER_PORT": port,
             "TORCHELASTIC_RESTART_COUNT": self._restarts,
             "TORCHELASTIC_RUN_ID": job.run_id,
             "UNITRAIN_ATTEMPT": self._number,
             "UNITRAIN_STACKS": stacks_file(self._folder, rank).absolute(),
         }
-        return {name: str(value) for name, value in values.items()}
+        return {name: str(value) for name, value in values.items()} | self._interface()
+
+    @property
+    def _first_rank(self) -> int:
+        """Of this node."""
+        return self._placement.index * self.job.nproc
+
+    def _interface(self) -> dict[str, str]:
+        """By which Gloo reaches the other nodes: unless told, it takes what the host's own name leads to."""
+        if self._placement.address is None or (name := interface_of(self._placement.address)) is None:
+            return {}
+        wanted = {"GLOO_SOCKET_IFNAME": name, "HOROVOD_GLOO_IFACE": name}
+        return {key: value for key, value in wanted.items() if key not in environment()}
 
     def _listen(self) -> None:
         """Wake up for news of the starter, which may be another one after a refusal."""
@@ -221,6 +277,8 @@ class Attempt:
         self.screen.text(self._noise.without_noise(self._first_log.read(min(written, self._quiet_from))))
         for event in news:
             self._on_news(event)
+        for message in self._team.news():
+            self._on_word(message)
         self._look_for_hang()
         self._resize_if_due()
         self._stop_if_due()
@@ -231,8 +289,33 @@ class Attempt:
         now = time.monotonic()
         if self._signal is None:
             self._signal, self._signalled_at = number, now
+            self._team.tell(kind="signal", number=number)
         elif number == signal.SIGINT and now - self._signalled_at > _SAME_SIGNAL_SECONDS:
             self._kill()  # whoever presses Ctrl-C twice does not want to wait; a scheduler may well repeat itself
+
+    def _on_word(self, message: dict[str, Any]) -> None:
+        """What another node's agent says."""
+        kind = message.get("kind")
+        if kind == "signal":
+            if self._signal is None:
+                self._on_signal(message["number"])  # which tells all others
+        elif kind == "failure":
+            self._failed(Failure.received(message["failure"], self.run_dir))
+        elif kind == "kill":
+            self._kill()
+        elif kind == "overdue":
+            self._inquire()
+        elif kind == "asked":
+            self._answer()
+        elif kind == "behind" and self._inquiry is not None:
+            self._inquiry.answered(message)
+        elif kind == "lost" and self._team.leads:
+            log = rank_log(self._folder, message["first_rank"])
+            why = {"host": message["host"], "why": message["why"]}
+            self._failed(Failure.from_lost_node(message["node"], **why, rank=message["first_rank"], log=log))
+        elif kind == "lost":
+            self._deserted = True
+            self._kill()
 
     def _on_message(self, rank: Rank, message: dict[str, Any]) -> None:
         kind = message.get("kind")
@@ -256,7 +339,7 @@ class Attempt:
                 signal_group(event.pid, signal.SIGTERM)  # it missed the first one
             if all(other.pid for other in self._ranks.values()):
                 pids = {number: other.pid for number, other in self._ranks.items() if other.pid}
-                write_agent(self.run_dir, self._number, pids)
+                write_agent(self.run_dir, self._number, pids, node=self._node)
             return
         rank.code = event.code
         of_itself = self._stopped_at is None and not rank.spoke and not self._killed
@@ -270,6 +353,8 @@ class Attempt:
         if not self._failures:
             self._first_sign = time.monotonic()
         self._failures.append(failure)
+        if not self._team.leads:
+            self._team.tell(kind="failure", failure=failure.sent(self.run_dir))
         # No rank is killed from outside because another one failed: such a failure is the cause, and has no words.
         self._settle_seconds = 0.0 if failure.exit_code == -signal.SIGKILL or failure.hung else _SETTLE_SECONDS
 
@@ -277,32 +362,52 @@ class Attempt:
         """A rank that gets on no more is a failure, once all ranks have said where they are."""
         if self._failures or self._signal is not None:
             return
-        now = time.monotonic()
-        pids = {number: rank.pid for number, rank in self._ranks.items() if rank.alive and rank.pid is not None}
+        now, pids = time.monotonic(), self._pids
         for number in pids:
             self._watch.look(number, self._heartbeats.pulse(self._ranks[number].start.slot), now)
-        hang = self._watch.hang(pids, pids, now)
-        if hang is not None:
-            self._hung(hang, pids)
+        if self._inquiry is not None:
+            self._conclude(self._inquiry, now)
+        elif self._watch.hang(pids, pids, now) is not None:
+            self._inquire()
 
-    def _hung(self, hang: Hang, pids: dict[int, int]) -> None:
+    def _inquire(self) -> None:
+        """Find out which rank of all nodes holds up the others: the least of what each node says of its own ranks."""
+        if not self._team.leads:
+            if self._overdue_told < time.monotonic() - _INQUIRY_SECONDS:
+                self._overdue_told = time.monotonic()
+                self._team.tell(kind="overdue")
+        elif self._inquiry is None:
+            self._team.tell(kind="asked")
+            self._inquiry = _Inquiry(waits_for=set(self._team.waiting), until=time.monotonic() + _INQUIRY_SECONDS)
+            self._inquiry.answered({"node": self._node, **self._slowest()})
+
+    def _answer(self) -> None:
+        self._team.tell(kind="behind", **self._slowest())
+
+    def _slowest(self) -> dict[str, Any]:
+        """Which rank of this node is to blame if one is, once all of them have said where they are."""
+        pids = self._pids
+        hang = self._watch.slowest(pids, pids, time.monotonic())
         wrote = write_stacks(self._folder, pids)
-        append_event(
-            self.run_dir,
-            "hang",
-            attempt=self._number,
-            rank=hang.rank,
-            step=hang.step,
-            seconds=round(hang.seconds, 3),
-            stopped=hang.stopped,
-            stacks=[str(stacks_file(self._folder, rank).relative_to(self.run_dir)) for rank in wrote],
-            no_stacks=[rank for rank in pids if rank not in wrote],
-        )
-        log = rank_log(self._folder, hang.rank)
-        failure = Failure.from_hang(
-            hang, host=hostname(), log=log, pid=pids[hang.rank], stacks=stacks_file(self._folder, hang.rank)
-        )
-        self._failed(failure)
+        told: dict[str, Any] = {"wrote": wrote, "silent": [rank for rank in pids if rank not in wrote]}
+        if hang is None:
+            return told
+        log, stacks = rank_log(self._folder, hang.rank), stacks_file(self._folder, hang.rank)
+        failure = Failure.from_hang(hang, host=hostname(), log=log, pid=pids[hang.rank], stacks=stacks)
+        facts = {"rank": hang.rank, "step": hang.step, "seconds": round(hang.seconds, 3), "stopped": hang.stopped}
+        return {**told, "blame": hang.blame, "failure": failure.sent(self.run_dir), "facts": facts}
+
+    def _conclude(self, inquiry: _Inquiry, now: float) -> None:
+        """Blame one, when all nodes have answered or have had the time to."""
+        if inquiry.waits_for and now < inquiry.until:
+            return
+        if (blamed := inquiry.blamed) is None:
+            self._inquiry = None  # every rank has ended meanwhile
+            return
+        wrote, silent = inquiry.ranks("wrote"), inquiry.ranks("silent")
+        stacks = [str(stacks_file(self._folder, rank).relative_to(self.run_dir)) for rank in wrote]
+        append_event(self.run_dir, "hang", attempt=self._number, **blamed["facts"], stacks=stacks, no_stacks=silent)
+        self._failed(replace(Failure.received(blamed["failure"], self.run_dir), at=0))  # nothing failed before it
 
     def _resize_if_due(self) -> None:
         """Once every rank is in its steps, and so knows from where another group would go on."""
@@ -325,8 +430,16 @@ class Attempt:
             self._kill()
 
     def _kill(self) -> None:
-        self._killed = True
+        if not self._killed:
+            self._killed = True
+            if self._team.leads:
+                self._team.tell(kind="kill")
         self._signal_alive(signal.SIGKILL)
+
+    @property
+    def _pids(self) -> dict[int, int]:
+        """Rank -> process, of those that run."""
+        return {number: rank.pid for number, rank in self._ranks.items() if rank.alive and rank.pid is not None}
 
     def _signal_alive(self, number: int) -> None:
         for rank in self._ranks.values():
@@ -353,7 +466,16 @@ class Attempt:
 
     def _outcome(self) -> Outcome:
         pulses = [self._heartbeats.pulse(rank.start.slot) for rank in self._ranks.values()]
-        codes = {number: rank.code for number, rank in self._ranks.items() if rank.code is not None}
+        own = {
+            "codes": {number: rank.code for number, rank in self._ranks.items() if rank.code is not None},
+            "steps": {number: self._step_of(number) for number in self._ranks},
+            "finished": max(pulse.finished for pulse in pulses),
+            "began": max((pulse.began for pulse in pulses if pulse.began is not None), default=None),
+            "saved": max((pulse.saved for pulse in pulses if pulse.saved is not None), default=None),
+        }
+        parts = [own, *self._team.ended.values()]
+        codes = {int(number): code for part in parts for number, code in part["codes"].items()}
+        steps = {int(number): step for part in parts for number, step in part["steps"].items()}
         left = set(codes.values()) == {ExitCode.PREEMPTED} and not self._failures and self._signal is None
         failure = first_failure(self._failures) if self._failures else None
         return Outcome(
@@ -361,12 +483,14 @@ class Attempt:
             codes=codes,
             resized=self._resizing and left,
             failure=failure,
-            step=None if failure is None else self._step_of(failure.rank),
+            step=None if failure is None else steps.get(failure.rank),
+            steps=steps,
+            deserted=self._deserted,
             failed_at=self._first_sign,
             signal=self._signal,
-            finished=max(pulse.finished for pulse in pulses),
-            began=max((pulse.began for pulse in pulses if pulse.began is not None), default=None),
-            saved=max((pulse.saved for pulse in pulses if pulse.saved is not None), default=None),
+            finished=max(part["finished"] for part in parts),
+            began=max((part["began"] for part in parts if part["began"] is not None), default=None),
+            saved=max((part["saved"] for part in parts if part["saved"] is not None), default=None),
         )
 
 

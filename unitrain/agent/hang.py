@@ -32,6 +32,11 @@ class Hang:
     phase: Phase
     stopped: bool  # by SIGSTOP or a terminal
 
+    @property
+    def blame(self) -> tuple[bool, int, float]:
+        """The least of several ranks is to blame: a stopped one, else the furthest behind, for the longest."""
+        return not self.stopped, self.step, -self.seconds
+
     def __str__(self) -> str:
         doing = (
             f"step {self.step + 1}" if self.phase == Phase.STEP else f"{self.phase.name.lower()} at step {self.step}"
@@ -57,14 +62,21 @@ class Watch:
             self._seen[rank] = pulse, now
 
     def hang(self, alive: Collection[int], pids: Mapping[int, int], now: float) -> Hang | None:
-        """The rank that is to blame, once one is overdue: a stopped one, else the furthest behind for the longest."""
+        """The rank that is to blame, once one is overdue."""
         silent = {rank: now - since for rank, (pulse, since) in self._seen.items() if rank in alive and pulse.beats}
         if not any(seconds > self._least() for seconds in silent.values()):
             return None
         stopped = {rank for rank in silent if rank in pids and is_stopped(pids[rank])}
-        overdue = [rank for rank, seconds in silent.items() if seconds > self._limit(rank, stopped)]
-        if not overdue:
+        if not any(seconds > self._limit(rank, stopped) for rank, seconds in silent.items()):
             return None
+        return self.slowest(alive, pids, now)
+
+    def slowest(self, alive: Collection[int], pids: Mapping[int, int], now: float) -> Hang | None:
+        """The rank to blame if anything is wrong: a stopped one, else the furthest behind for the longest."""
+        silent = {rank: now - since for rank, (pulse, since) in self._seen.items() if rank in alive and pulse.beats}
+        if not silent:
+            return None
+        stopped = {rank for rank in silent if rank in pids and is_stopped(pids[rank])}
         blamed = min(silent, key=lambda rank: (rank not in stopped, self._seen[rank][0].step, -silent[rank]))
         pulse = self._seen[blamed][0]
         return Hang(blamed, silent[blamed], pulse.step, pulse.phase, blamed in stopped)

@@ -44,15 +44,27 @@ class AgentJob:
     grace_seconds: float = 30.0  # between SIGTERM and SIGKILL when the ranks are stopped; they save meanwhile
     min_nproc: int | None = None  # ranks with which the run still goes on where slots are lost; None: all
     restarts: int = 0  # failed attempts in a row without a newer checkpoint that end the run; 0: the first one does
+    min_nodes: int | None = None  # nodes with which the run still goes on where others are lost; None: all
+    join_seconds: float = 600.0  # for which the first node waits for the others at the start
+    rejoin_seconds: float = 60.0  # for which it waits for a lost one to come back
     hang_seconds: float | None = None  # without progress in a step; None: from the run's own step times
 
     def __post_init__(self) -> None:
         for name, count, least in (("nodes", self.nodes, 1), ("nproc", self.nproc, 1), ("restarts", self.restarts, 0)):
             if type(count) is not int or not least <= count <= _MOST_RANKS:
                 raise ValueError(f"{name} is {str(count)[:40]!r}, which is no number from {least} to {_MOST_RANKS}")
-        if self.min_nproc is not None and (type(self.min_nproc) is not int or not 1 <= self.min_nproc <= self.nproc):
-            raise ValueError(f"min_nproc is {str(self.min_nproc)[:40]!r}, which is no number from 1 to {self.nproc}")
-        for name, seconds in (("grace_seconds", self.grace_seconds), ("hang_seconds", self.hang_seconds)):
+        for name, fewest, most in (
+            ("min_nproc", self.min_nproc, self.nproc),
+            ("min_nodes", self.min_nodes, self.nodes),
+        ):
+            if fewest is not None and (type(fewest) is not int or not 1 <= fewest <= most):
+                raise ValueError(f"{name} is {str(fewest)[:40]!r}, which is no number from 1 to {most}")
+        for name, seconds in (
+            ("grace_seconds", self.grace_seconds),
+            ("join_seconds", self.join_seconds),
+            ("rejoin_seconds", self.rejoin_seconds),
+            ("hang_seconds", self.hang_seconds),
+        ):
             if seconds is not None and (type(seconds) not in (int, float) or not 0 <= seconds <= _MOST_SECONDS):
                 raise ValueError(f"{name} is {str(seconds)[:40]!r}, which is no time")
         words = {"run_id": self.run_id, "entry": self.entry} | {f"preload {word!r}": word for word in self.preload}
@@ -93,8 +105,11 @@ def read_job(run_dir: Path) -> AgentJob:
             preload=tuple(values["preload"]),
             fork=values["fork"],
             min_nproc=options.get("min_nproc"),
+            min_nodes=options.get("min_nodes"),
             entry=options.get("entry", WORKER),
             grace_seconds=float(options.get("grace_seconds", AgentJob.grace_seconds)),
+            join_seconds=float(options.get("join_seconds", AgentJob.join_seconds)),
+            rejoin_seconds=float(options.get("rejoin_seconds", AgentJob.rejoin_seconds)),
             restarts=recovery.get("restarts", AgentJob.restarts),
             hang_seconds=recovery.get("hang_seconds"),
         )

@@ -87,9 +87,10 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return values
 
 
-def write_agent(run_dir: Path, attempt: int, pids: dict[int, int]) -> None:
-    """Say which processes run the attempt: this one, and those of its ranks."""
-    write_record(run_dir / AGENT, process=asdict(Process.of(os.getpid())), attempt=attempt, ranks=pids)
+def write_agent(run_dir: Path, attempt: int, pids: dict[int, int], *, node: int = 0) -> None:
+    """Say which processes run the attempt on this node: this one, and those of its ranks."""
+    name = f"agent-{node}.json" if node else AGENT
+    write_record(run_dir / name, process=asdict(Process.of(os.getpid())), attempt=attempt, ranks=pids)
 
 
 def write_exit(run_dir: Path, exit_code: int, **facts: Any) -> None:

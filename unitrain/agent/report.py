@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,21 @@ class Failure:
         )
 
     @classmethod
+    def from_lost_node(cls, node: int, host: str, why: str, *, rank: int, log: Path) -> Failure:
+        """A whole node from which nothing comes any more; `rank` is the first of its ranks."""
+        name = f"node {node} ({host})" if host else f"node {node}"
+        return cls(
+            rank=rank,
+            at=time.monotonic() - _HEAD_START_SECONDS,
+            host=host or f"node {node}",
+            log=log,
+            exit_code=-signal.SIGKILL,
+            how=f"is lost with {name}: {why}",
+            error=f"{name} is lost: {why}",
+            spoke=False,
+        )
+
+    @classmethod
     def from_hang(cls, hang: Hang, *, host: str, log: Path, pid: int, stacks: Path) -> Failure:
         """A rank that got on no more."""
         return cls(
@@ -99,6 +115,21 @@ class Failure:
             step=hang.step + (hang.phase == Phase.STEP),
             stacks=stacks if stacks.exists() and stacks.stat().st_size else None,
         )
+
+    def sent(self, run_dir: Path) -> dict[str, Any]:
+        """As one agent tells it to another, which has another clock and maybe another path to the run's folder."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        paths = {name: str(path.relative_to(run_dir)) for name in ("log", "stacks") if (path := values[name])}
+        del values["at"]
+        return {**values, "stacks": None, **paths, "exit_code": int(self.exit_code), "age": time.monotonic() - self.at}
+
+    @classmethod
+    def received(cls, message: Mapping[str, Any], run_dir: Path) -> Failure:
+        """What another agent has `sent`."""
+        values = dict(message)
+        at = time.monotonic() - values.pop("age")
+        paths = {name: run_dir / values.pop(name) for name in ("log", "stacks") if values[name]}
+        return cls(**{**values, **paths}, at=at)
 
 
 def keep_capsule(failure: Failure, run_dir: Path, environ: Mapping[str, str], **facts: Any) -> Path | None:

@@ -37,6 +37,13 @@ class Stream:
         self.end_line()
 
 
+class Silent(Stream):
+    """Shows nothing: rank 0 is on another node."""
+
+    def text(self, text: str) -> None:
+        """See Stream."""
+
+
 class LivePanel:
     """Draws progress in one place of the terminal and prints all other lines above it."""
 

@@ -1,4 +1,4 @@
-"""A run on one node: attempt after attempt until it is done, stopped, or not worth another one."""
+"""A run as the agent of node 0 leads it: attempt after attempt until it is done, stopped, or not worth another one."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ from .screen import LivePanel, Stream, say
 from .signals import STOPPING, SignalPipe
 from .slots import Slots, starts_fail
 from .starters import CannotFork, FirstSafe, Starter
+from .team import Alone
+
+_PATIENCE_SECONDS, _REMINDER_SECONDS = 5.0, 60.0  # until it is said for whom a run waits, and until it is said again
 
 
 class Agent:
-    """Runs a job on this node and starts it again where that is worth it."""
+    """Runs a job on this node, and with its team on others, and starts it again where that is worth it."""
 
     def __init__(
         self,
@@ -36,11 +39,13 @@ class Agent:
         run_dir: Path,
         screen: Stream | LivePanel,
         *,
-        node: int = 0,
+        team: Alone | None = None,
         environ: dict[str, str] | None = None,
     ) -> None:
-        self.job, self.run_dir, self.screen, self.node = job, run_dir, screen, node
-        self._environ = environ or {}
+        self.job, self.run_dir, self.screen = job, run_dir, screen
+        self._team, self._environ = team or Alone(), environ or {}
+        self._nodes = 0  # of the attempt before
+        self._missing: set[int] = set()  # nodes without which it ran
         self._outcomes: list[Outcome] = []
         self._capsule: Path | None = None  # of the newest failure
         self._slots = Slots(run_dir, least=job.min_nproc or job.nproc, most=job.nproc)
@@ -59,30 +64,79 @@ class Agent:
         self._size = self._slots.fitting(time.monotonic())
         with SignalPipe((*STOPPING, signal.SIGCHLD)) as self._signals:
             try:
-                while True:
-                    self._outcomes.append(self._attempt(folder).run(starter))
-                    decision = self._decide()
-                    stopped_by = self._restart(decision) if decision.restart else None
-                    if not decision.restart or stopped_by is not None:
-                        break
-                    folder = new_attempt(self.run_dir)
+                code = self._run(starter, folder)
             finally:
                 starter.close()
                 os.close(self._memory_fd)
-        return self._finish(decision, stopped_by)
+        self._team.end(code)
+        return code
+
+    def _run(self, starter: Starter, folder: Path) -> int:
+        """Attempts until the end; the exit code."""
+        if (ended := self._gather(self.job.join_seconds)) is not None:
+            return self._never_began(ended)
+        while True:
+            self._outcomes.append(self._attempt(folder).run(starter))
+            decision = self._decide()
+            if not decision.restart:
+                return self._finish(decision, None)
+            if (stopped_by := self._restart(decision)) is not None:
+                return self._finish(decision, stopped_by)
+            if (ended := self._gather(self.job.rejoin_seconds)) is not None:
+                code = ExitCode.PREEMPTED if self._outcomes[-1].failure is None else ExitCode.FAILED
+                return self._finish(Decision(False, exit_code=code), ended if isinstance(ended, int) else None)
+            folder = new_attempt(self.run_dir)
+
+    def _gather(self, seconds: float) -> int | str | None:
+        """Wait for the other nodes; what ends the run instead: a stop signal, or that too few are here."""
+        deadline, told_at = time.monotonic() + seconds, time.monotonic() + _PATIENCE_SECONDS
+        while missing := self._team.gather(min(_PATIENCE_SECONDS, max(deadline - time.monotonic(), 0))):
+            if (number := self._asked_to_stop(0)) is not None:
+                return number
+            names = f"node{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
+            enough = self.job.nodes - len(missing) >= (self.job.min_nodes or self.job.nodes)
+            if enough and set(missing) <= self._missing:
+                break  # nobody waits twice for the same ones
+            if time.monotonic() >= deadline:
+                if enough:
+                    break
+                words = f"{names} of {self.job.nodes} did not come within {seconds:g} s"
+                say(words)
+                append_event(self.run_dir, "fault", attempt=len(self._outcomes), error=words)
+                return words
+            if time.monotonic() >= told_at:
+                say(f"waiting for {names} of {self.job.nodes}, for another {deadline - time.monotonic():.0f} s")
+                told_at = time.monotonic() + _REMINDER_SECONDS
+        self._missing = set(missing)
+        return None
+
+    def _never_began(self, ended: int | str) -> int:
+        """The exit code of a run whose nodes never came together."""
+        code = 128 + ended if isinstance(ended, int) else int(ExitCode.FAILED)
+        facts = {} if isinstance(ended, int) else {"error": ended}
+        append_event(self.run_dir, "stop", exit_code=code)
+        write_exit(self.run_dir, code, **facts)
+        return code
 
     def _attempt(self, folder: Path) -> Attempt:
+        placement = self._team.placement()
+        before, self._nodes = self._nodes or self.job.nodes, placement.nodes
+        if before != placement.nodes:
+            self._sized_at = len(self._outcomes)
+            self._say_resize(before * self._size, placement.nodes * self._size)
         return Attempt(
             replace(self.job, nproc=self._size, min_nproc=None),
             self.run_dir,
             folder,
-            node=self.node,
+            node=0,
+            team=self._team,
+            placement=placement,
             restarts=len(self._outcomes),
             environ=self._environ,
             screen=self.screen,
             signals=self._signals,
             memory_fd=self._memory_fd,
-            resize_due=lambda: self._slots.fitting(time.monotonic()) != self._size,
+            resize_due=lambda: self._team.incomplete or self._slots.fitting(time.monotonic()) != self._size,
         )
 
     def _refused(self, refusal: CannotFork) -> None:
@@ -155,9 +209,13 @@ class Agent:
         if self._size == before:
             return
         self._sized_at = len(self._outcomes)
-        facts = {"attempt": outcome.number + 1, "before": before, "ranks": self._size, "step": outcome.next_step}
-        append_event(self.run_dir, "resize", **facts)
-        say(f"{self._size} of {self.job.nproc} ranks go on from step {outcome.next_step}, {before} did before")
+        self._say_resize(before, self._size)
+
+    def _say_resize(self, before: int, ranks: int) -> None:
+        outcome = self._outcomes[-1] if self._outcomes else None
+        number, step = (0, 0) if outcome is None else (outcome.number + 1, outcome.next_step)
+        append_event(self.run_dir, "resize", attempt=number, before=before, ranks=ranks, step=step)
+        say(f"{ranks} of {self.job.nodes * self.job.nproc} ranks go on from step {step}, {before} did before")
 
     def _asked_to_stop(self, seconds: float) -> int | None:
         """The first stop signal within that time, if one comes."""
@@ -166,10 +224,14 @@ class Agent:
             for number in self._signals.caught():
                 if number in STOPPING:
                     return number
+            for message in self._team.news():
+                if message.get("kind") == "signal":
+                    return int(message["number"])
             left = deadline - time.monotonic()
             if left <= 0:
                 return None
-            select.select([self._signals.fd], [], [], left)
+            awaited = [self._signals.fd] if self._team.wake_fd is None else [self._signals.fd, self._team.wake_fd]
+            select.select(awaited, [], [], left)
 
     def _finish(self, decision: Decision, stopped_by: int | None) -> int:
         """Keep how it ended, and say it."""
