@@ -140,7 +140,8 @@ def test_a_killed_rank_ends_the_run_within_seconds_and_it_resumes_exactly(
     run = folder / f"killed-{victim}"
     recipe = folder / f"killed-{victim}.yaml"
     recipe.write_text(RECIPE)
-    going = Going(run, COMMAND, "launch", recipe, "--strategy", "jax", "--nproc", "2", "--run-dir", run)
+    shape = ["--strategy", "jax", "--nproc", "2"]
+    going = Going(run, COMMAND, "launch", recipe, *shape, "--run-dir", run, "recovery.restarts=0")
     going.reach(17)
     agent = read_record(run / AGENT)
     assert agent is not None, "ranks have written, so the agent has too"

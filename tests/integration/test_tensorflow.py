@@ -73,6 +73,7 @@ class Going:
                 "--run-dir",
                 self.run,
                 f"trainer={TRAINERS}:Slow",
+                "recovery.restarts=0",
             ],
             cwd=folder,
             stdout=subprocess.PIPE,
