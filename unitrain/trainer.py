@@ -355,9 +355,9 @@ class Trainer:
         if self.recipe.checkpoint.memory_every is None:
             return
         world = self.world
-        if world.memory_fd is None or world.nodes != 1:
+        if world.memory_fd is None:
             if world.first:
-                print("note: no snapshots in memory: they need launcher 'local', on one node", flush=True)
+                print(f"note: no snapshots in memory: they need our agent, not {world.starter}", flush=True)
             return
         self._snapshots = Snapshots(world.memory_fd, writer=world.rank, writers=world.size, nonce=self._nonce)
         stack.enter_context(contextlib.closing(self._snapshots))
@@ -563,6 +563,8 @@ class Trainer:
         for whole in whole_snapshots(self.world.memory_fd):
             if whole.step <= after:
                 break
+            if self.world.nodes > 1 and whole.name != self.world.snapshot:
+                continue  # other nodes lack a part of it
             try:
                 CheckpointReader(MemoryFolder(whole)).verify()
             except CheckpointError as error:

@@ -71,6 +71,7 @@ class World:
     heartbeat: Heartbeat | None = None  # our agent sees here that this rank gets on
     group: str = ""  # name of the processes on several machines that are one job, where the starter has one
     memory_fd: int | None = None  # our agent's memory for snapshots, which outlives this rank
+    snapshot: str = ""  # on several nodes, the one that the memory of every node has
     stacks: str | None = None  # file into which this rank writes its stacks when our agent asks
 
     @property
@@ -134,6 +135,7 @@ class World:
             agent_fd=agent_fd,
             heartbeat=Heartbeat.of(environ["UNITRAIN_HEARTBEAT"]) if "UNITRAIN_HEARTBEAT" in environ else None,
             memory_fd=_integer(environ, "UNITRAIN_MEMORY") if "UNITRAIN_MEMORY" in environ else None,
+            snapshot=environ.get("UNITRAIN_SNAPSHOT", ""),
             stacks=environ.get("UNITRAIN_STACKS"),
         )
 

@@ -256,3 +256,21 @@ def test_strangers_and_agents_of_other_runs_are_kept_out(nodes: Any, tmp_path: P
     run.start(1)
     assert (run.ended(0).code, run.ended(3).code) == (0, 0)
     assert losses(run.folder) == whole
+
+
+def test_snapshots_in_memory_survive_the_loss_of_a_rank_and_of_a_node(nodes: Any, whole: list[float]) -> None:
+    every = 3
+    run = nodes("checkpoint.every=50", f"checkpoint.memory_every={every}", rejoin_seconds=20).start(0, 1).after(10)
+    os.kill(run.rank(1, node=1).pid, signal.SIGKILL)
+    run.after(20, attempts=2)
+    run.agents[1].kill()
+    run.start(1).after(30, attempts=3)
+    os.kill(run.rank(0, node=0).pid, signal.SIGKILL)
+    first, again = run.ended(0), run.ended(2)
+    assert (first.code, again.code) == (0, 0), first.err + again.err
+    assert losses(run.folder) == whole
+    begins = [event["step"] for event in events(run.folder, "start")[1:]]
+    # A copy takes a moment to come to the other node; then it holds the snapshot before.
+    assert all(at - 2 * every <= begin <= at + every for at, begin in zip((10, 20, 30), begins, strict=True)), begins
+    assert events(run.folder, "snapshot_damaged") == []
+    assert audit(Run(run.folder)).problems == []

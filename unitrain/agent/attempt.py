@@ -187,7 +187,8 @@ class Attempt:
             self._starter = starter
             self._wake_fd: int | None = None
             try:
-                self._team.begin(attempt=self._number, restarts=self._restarts, port=port)
+                found = self._team.begin(attempt=self._number, restarts=self._restarts, port=port)
+                self._snapshot = found or self._placement.snapshot
                 self._start(port)
                 while any(rank.alive for rank in self._ranks.values()) or self._team.waiting:
                     self._tick()
@@ -236,6 +237,7 @@ class Attempt:
             "TORCHELASTIC_RUN_ID": job.run_id,
             "UNITRAIN_ATTEMPT": self._number,
             "UNITRAIN_STACKS": stacks_file(self._folder, rank).absolute(),
+            "UNITRAIN_SNAPSHOT": self._snapshot,
         }
         return {name: str(value) for name, value in values.items()} | self._interface()
 

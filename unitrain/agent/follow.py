@@ -36,7 +36,8 @@ class Follower:
 
         `choose` as in `Agent.run`.
         """
-        self._memory_fd = make_memory(self.job.nproc)
+        self._memory_fd = make_memory(self.job.nodes * self.job.nproc)
+        self._team.share_memory(self._memory_fd)
         with SignalPipe((*STOPPING, signal.SIGCHLD)) as self._signals:
             try:
                 if not self._join(self.job.join_seconds):
@@ -97,7 +98,8 @@ class Follower:
         folder.mkdir(parents=True, exist_ok=True)
         if self._starter is None:
             self._starter = FirstSafe(choose(folder), self._refused)
-        place = {name: order[name] for name in ("index", "nodes", "host", "port")}
+        place = {name: order[name] for name in ("index", "nodes", "host", "port", "snapshot")}
+        self._team.send_on(order["index"] * self.job.nproc, order["mirror"])
         attempt = Attempt(
             replace(self.job, min_nproc=None),
             self.run_dir,

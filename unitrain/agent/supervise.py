@@ -60,7 +60,8 @@ class Agent:
         folder = new_attempt(self.run_dir)
         (self.run_dir / EXIT).unlink(missing_ok=True)
         starter = FirstSafe(choose(folder), self._refused)
-        self._memory_fd = make_memory(self.job.nproc)
+        self._memory_fd = make_memory(self.job.nodes * self.job.nproc)
+        self._team.share_memory(self._memory_fd)
         self._size = self._slots.fitting(time.monotonic())
         with SignalPipe((*STOPPING, signal.SIGCHLD)) as self._signals:
             try:

@@ -12,7 +12,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -21,8 +21,9 @@ from .. import __version__
 from ..errors import UserError
 from ..world import LOOPBACK
 from .job import AgentJob
+from .mirror import Address, Mirror, arrange
 from .records import hostname
-from .wire import Channel, ChannelEnded, admit, approach
+from .wire import Channel, ChannelEnded, admit, approach, listen
 
 BEAT_SECONDS, SILENT_SECONDS = 1.0, 15.0
 _HELLO_SECONDS = 10.0
@@ -39,6 +40,7 @@ class Placement:
     host: str = LOOPBACK  # of rank 0, as every node reaches it
     port: int | None = None  # on which rank 0 will listen; None: this node chooses, because rank 0 is here
     address: str | None = None  # of this node, as the others reach it; None: one node
+    snapshot: str = ""  # in the memory of every node; empty: none, or this node is to find one
 
 
 class Alone:
@@ -66,8 +68,12 @@ class Alone:
         """Of the next attempt's ranks on this node."""
         return Placement()
 
-    def begin(self, **facts: Any) -> None:
-        """Have the other nodes start their ranks."""
+    def share_memory(self, fd: int) -> None:
+        """Keep copies of the snapshots in this memory on other nodes, and of theirs in it."""
+
+    def begin(self, **facts: Any) -> str:
+        """Have the other nodes start their ranks; the name of the snapshot that all nodes have, if there is one."""
+        return ""
 
     def news(self) -> list[dict[str, Any]]:
         """What other nodes have said since the last call."""
@@ -109,8 +115,11 @@ class _Inbox:
 class _Line:
     """One connection after its hello, read by a thread of its own."""
 
+    mirror_port = 0  # of the other side
+
     def __init__(self, node: int, host: str, channel: Channel, inbox: _Inbox, lost: Callable[[_Line, str], None]):
         self.node, self.host, self.channel = node, host, channel
+        self.peer = channel.peer
         self._inbox, self._lost = inbox, lost
         channel.wait_at_most(SILENT_SECONDS)
         threading.Thread(target=self._read, name=f"agent-of-node-{node}", daemon=True).start()
@@ -150,7 +159,12 @@ class Leader(Alone):
         self._taking_part: list[int] = []  # nodes of the attempt beside this one
         self._waiting: set[int] = set()
         self.ended: dict[int, dict[str, Any]] = {}
-        self._listener = _listen(port)
+        try:
+            self._listener = listen(port)
+        except OSError as error:
+            raise UserError(
+                f"the agent of node 0 cannot listen on port {port}: {error.strerror}; give --meet another port"
+            ) from error
         threading.Thread(target=self._accept, name="agents", daemon=True).start()
 
     @property
@@ -180,17 +194,28 @@ class Leader(Alone):
             address = next((line.channel.address for line in self._lines.values()), None)
         return Placement(nodes=1 + len(self._taking_part), host=self._host, address=address)
 
-    def begin(self, **facts: Any) -> None:
+    def share_memory(self, fd: int) -> None:
+        """See Alone."""
+        self._mirror = Mirror(fd, self.job.nodes * self.job.nproc, self._key)
+
+    def begin(self, **facts: Any) -> str:
         """See Alone; facts: attempt, restarts, port."""
         self.ended.clear()
         self._waiting = set(self._taking_part)
-        for index, node in enumerate(self._taking_part, start=1):
-            place = {"index": index, "nodes": 1 + len(self._taking_part), "host": self._host}
-            line = self._lines.get(node)
+        lines = [self._lines.get(node) for node in self._taking_part]
+        mirrors: list[Address] = [(self._host, self._mirror.port)]
+        mirrors += [(line.peer, line.mirror_port) for line in lines if line is not None]
+        snapshot = arrange(self._mirror, mirrors, self._key, after=0) if all(lines) else ""
+        nodes = len(self._taking_part) + 1
+        self._mirror.send_on(range(self.job.nproc), mirrors[1] if len(mirrors) > 1 else None)
+        for index, (node, line) in enumerate(zip(self._taking_part, lines, strict=True), start=1):
             if line is None:
                 self._inbox.put({"kind": "lost", "node": node, "host": "", "why": "it left before the attempt"})
-            else:
-                line.send({"kind": "start", **place, **facts})
+                continue
+            following = mirrors[(index + 1) % nodes] if all(lines) else None
+            place = {"index": index, "nodes": nodes, "host": self._host, "snapshot": snapshot}
+            line.send({"kind": "start", **place, **facts, "mirror": following})
+        return snapshot
 
     def news(self) -> list[dict[str, Any]]:
         """See Alone; `joined` is kept back, because only the next attempt can use it."""
@@ -222,6 +247,7 @@ class Leader(Alone):
         while self._lines and time.monotonic() < deadline:
             time.sleep(0.01)
         self._listener.close()
+        self._mirror.close()
         for line in list(self._lines.values()):
             line.channel.close()
 
@@ -251,9 +277,11 @@ class Leader(Alone):
                     channel.close()
                     return
                 channel.send({"kind": "welcome"})
-                self._lines[node] = _Line(node, host, channel, self._inbox, self._gone)
+                line = _Line(node, host, channel, self._inbox, self._gone)
+                line.mirror_port = int(hello["mirror"])
+                self._lines[node] = line
             self._inbox.put({"kind": "joined", "node": node})
-        except ChannelEnded:
+        except (ChannelEnded, OSError):
             connection.close()  # a stranger, or one that has gone again
 
     def _problem(self, hello: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -305,6 +333,15 @@ class Member(Alone):
             if left <= 0 or select.select([stop_fd], [], [], min(left, _RETRY_SECONDS))[0]:
                 return False
 
+    def share_memory(self, fd: int) -> None:
+        """See Alone."""
+        self._mirror = Mirror(fd, self.job.nodes * self.job.nproc, self._key)
+
+    def send_on(self, first_rank: int, to: Sequence[Any] | None) -> None:
+        """Send the snapshots of this node's ranks to the mirror at that host and port."""
+        own = range(first_rank, first_rank + self.job.nproc)
+        self._mirror.send_on(own, None if to is None else (to[0], to[1]))
+
     def news(self) -> list[dict[str, Any]]:
         """See Alone."""
         return self._inbox.take()
@@ -316,6 +353,7 @@ class Member(Alone):
 
     def leave(self) -> None:
         """End the connection."""
+        self._mirror.close()
         if self._line is not None:
             self._line.channel.close()
 
@@ -329,7 +367,7 @@ class Member(Alone):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             channel = approach(connection, self._key)
-            channel.send({**_facts(self.job), "node": self.node, "host": hostname()})
+            channel.send({**_facts(self.job), "node": self.node, "host": hostname(), "mirror": self._mirror.port})
             answer = channel.receive()
         except ChannelEnded as error:
             connection.close()
@@ -362,15 +400,3 @@ def meeting_place(text: str) -> tuple[str, int]:
 def _facts(job: AgentJob) -> dict[str, Any]:
     """In which all nodes must agree."""
     return {"unitrain": __version__, "run_id": job.run_id, "nodes": job.nodes, "nproc": job.nproc}
-
-
-def _listen(port: int) -> socket.socket:
-    try:
-        if socket.has_dualstack_ipv6():
-            with contextlib.suppress(OSError):  # IPv6 may be compiled in and switched off
-                return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-        return socket.create_server(("", port))
-    except OSError as error:
-        raise UserError(
-            f"the agent of node 0 cannot listen on port {port}: {error.strerror}; give --meet another port"
-        ) from error

@@ -15,6 +15,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +26,7 @@ _KEY_LETTERS = 64
 _WORD_LETTERS = 32
 _CODE_LETTERS = 64
 _MOST_BYTES = 8 << 20  # of one message
+_PIECE_BYTES = 1 << 20
 _POLL_SECONDS, _WRITING_SECONDS = 0.1, 2.0
 
 
@@ -44,8 +46,12 @@ class Channel:
     @property
     def address(self) -> str:
         """The address of this side."""
-        found: str = self._connection.getsockname()[0]
-        return found
+        return str(self._connection.getsockname()[0])
+
+    @property
+    def peer(self) -> str:
+        """The address of the other side."""
+        return str(self._connection.getpeername()[0]).removeprefix("::ffff:")  # of IPv4 on a socket for both
 
     def send(self, message: dict[str, Any]) -> None:
         """Send one message. Raises ChannelEnded."""
@@ -75,6 +81,42 @@ class Channel:
             raise ChannelEnded("what it sent is no message")
         return message
 
+    def send_file(self, fd: int, offset: int, count: int) -> None:
+        """Send that many bytes of a file, unsigned, after a message that told how many. Raises ChannelEnded."""
+        with self._lock, open(fd, "rb", closefd=False) as file:
+            try:
+                sent = self._connection.sendfile(file, offset, count)
+            except OSError as error:
+                raise ChannelEnded(_how(error)) from error
+        if sent != count:
+            raise ChannelEnded("the file has ended before")
+
+    def receive_bytes(self, count: int) -> bytes:
+        """That many bytes that follow a message. Raises ChannelEnded."""
+        try:
+            found = self._lines.read(count)
+        except (OSError, ValueError) as error:
+            raise ChannelEnded(_how(error)) from error
+        if len(found) < count:
+            raise ChannelEnded("its connection has ended")
+        return found
+
+    def receive_file(self, fd: int, offset: int, count: int) -> None:
+        """Write as many bytes that follow a message to a file. Raises ChannelEnded; OSError where there is no room."""
+        piece = memoryview(bytearray(min(count, _PIECE_BYTES)))
+        while count:
+            try:
+                found = self._lines.readinto(piece[:count])  # type: ignore[attr-defined]  # a BufferedReader
+            except (OSError, ValueError) as error:
+                raise ChannelEnded(_how(error)) from error
+            if not found:
+                raise ChannelEnded("its connection has ended")
+            rest = piece[:found]
+            while rest:
+                written = os.pwrite(fd, rest, offset)
+                rest, offset = rest[written:], offset + written
+            count -= found
+
     def wait_at_most(self, seconds: float) -> None:
         """How long a message may take to come or to go."""
         self._connection.settimeout(seconds)
@@ -86,15 +128,21 @@ class Channel:
         self._connection.close()
 
 
+def listen(port: int) -> socket.socket:
+    """A socket that listens on all addresses of this machine, of either family; port 0: a free one. Raises OSError."""
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):  # IPv6 may be compiled in and switched off
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
 def admit(connection: socket.socket, key: bytes) -> Channel:
     """The side that listens. Raises ChannelEnded for a stranger; its hello is the first message."""
     challenge = secrets.token_hex(_WORD_LETTERS // 2).encode()
     lines = connection.makefile("rb")
-    try:
+    with _closed_if_not(connection):
         connection.sendall(challenge + b"\n")
         word = _word(lines)
-    except OSError as error:
-        raise ChannelEnded(_how(error)) from error
     return _channel(connection, lines, key, challenge + word, (b"down", b"up"))
 
 
@@ -102,11 +150,9 @@ def approach(connection: socket.socket, key: bytes) -> Channel:
     """The side that connects. Raises ChannelEnded where what listens there is no agent."""
     lines = connection.makefile("rb")
     word = secrets.token_hex(_WORD_LETTERS // 2).encode()
-    try:
+    with _closed_if_not(connection):
         challenge = _word(lines)
         connection.sendall(word + b"\n")
-    except OSError as error:
-        raise ChannelEnded(_how(error)) from error
     return _channel(connection, lines, key, challenge + word, (b"up", b"down"))
 
 
@@ -140,6 +186,19 @@ def read_key(run_dir: Path, seconds: float) -> bytes:
         f"{path} is not there after {seconds:.0f} s: either node 0 has not started, or {run_dir} is not in a folder "
         "that all nodes share"
     )
+
+
+@contextlib.contextmanager
+def _closed_if_not(connection: socket.socket) -> Iterator[None]:
+    """Close the connection where the greeting fails, and say so as ChannelEnded."""
+    try:
+        yield
+    except ChannelEnded:
+        connection.close()
+        raise
+    except OSError as error:
+        connection.close()
+        raise ChannelEnded(_how(error)) from error
 
 
 def _channel(

@@ -16,7 +16,6 @@ import io
 import json
 import mmap
 import os
-import struct
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,7 +26,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointDamaged, CheckpointError
-from ..shared_memory import REGION_BYTES
+from ..shared_memory import (
+    BUFFER_BYTES,
+    BUFFERS,
+    DIGEST_BYTES,
+    DIGESTS_AT,
+    HEADER,
+    MAGIC,
+    MOST_INDEX_BYTES,
+    PAGE,
+    REGION_BYTES,
+    place_of,
+)
 from ..strategy import Shard
 from .arena import Arena
 from .container import header_bytes
@@ -35,13 +45,7 @@ from .files import FileRecord, Folder
 from .manifest import MANIFEST, STATE, Box, Manifest, Part, Tensor
 from .saver import copied, grouped, state_bytes
 
-_BUFFER_BYTES = REGION_BYTES // 2
-_HEADER = struct.Struct("<8sqqqqq")
-_DIGESTS_AT, _DIGEST_BYTES = 128, 32
-_MAGIC = b"UNITRAIN"
-_PAGE = max(mmap.PAGESIZE, mmap.ALLOCATIONGRANULARITY)
 _FILE_BYTES = 1 << 62  # one file for each rank
-_MOST_INDEX_BYTES = 256 << 20
 
 
 class Snapshots:
@@ -49,7 +53,7 @@ class Snapshots:
 
     def __init__(self, fd: int, *, writer: int, writers: int, nonce: str) -> None:
         self._writer, self._writers, self._nonce = writer, writers, nonce
-        self._buffers = [_Buffer(fd, writer * REGION_BYTES + number * _BUFFER_BYTES) for number in range(2)]
+        self._buffers = [_Buffer(fd, place_of(writer, number)) for number in range(BUFFERS)]
         self._known: dict[Any, Tensor] = {}
         self._hashing: threading.Thread | None = None
         # What the run may go on from is the last to be written over: this rank's newest may be no other rank's.
@@ -152,8 +156,8 @@ def whole_snapshots(fd: int) -> list[Whole]:
     """All snapshots of which every rank's part is finished, newest first."""
     found: dict[tuple[int, str], dict[int, Snapshot]] = {}
     for region in range(os.fstat(fd).st_size // REGION_BYTES):
-        for number in range(2):
-            snapshot = _read(_Buffer(fd, region * REGION_BYTES + number * _BUFFER_BYTES))
+        for number in range(BUFFERS):
+            snapshot = _read(_Buffer(fd, place_of(region, number)))
             if snapshot is not None and snapshot.writer == region:
                 found.setdefault((snapshot.step, snapshot.nonce), {})[snapshot.writer] = snapshot
     wholes = []
@@ -259,26 +263,26 @@ class _Buffer:
 
     def __init__(self, fd: int, place: int) -> None:
         self._fd, self._place = fd, place
-        self._map = mmap.mmap(fd, _PAGE, offset=place)
+        self._map = mmap.mmap(fd, PAGE, offset=place)
 
     def view(self, start: int, stop: int) -> memoryview:
         """Bytes of its tensors."""
-        self._reach(_PAGE + stop)
-        return memoryview(self._map)[_PAGE + start : _PAGE + stop]
+        self._reach(PAGE + stop)
+        return memoryview(self._map)[PAGE + start : PAGE + stop]
 
     def reserve(self, stop: int) -> memoryview:
         """Room for that many bytes of tensors. Raises OSError where there is none, in place of a signal later on."""
-        if _PAGE + stop > len(self._map):
-            wanted = min(max(2 * len(self._map), _pages(_PAGE + stop)), _BUFFER_BYTES)
+        if PAGE + stop > len(self._map):
+            wanted = min(max(2 * len(self._map), _pages(PAGE + stop)), BUFFER_BYTES)
             os.posix_fallocate(self._fd, self._place, wanted)
             self._reach(wanted)
-        return memoryview(self._map)[_PAGE:]
+        return memoryview(self._map)[PAGE:]
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
         """While entered the count is odd; it stays so where the change does not come to its end."""
         magic, count, *rest = self._header()
-        count = count if magic == _MAGIC else 0
+        count = count if magic == MAGIC else 0
         self._set(count | 1, *rest[:3])
         yield
         _, _, *rest = self._header()
@@ -293,8 +297,8 @@ class _Buffer:
     def add_digests(self, files: list[_File]) -> None:
         """The checksums of the files, once the steps go on."""
         for number, file in enumerate(files):
-            place = _DIGESTS_AT + _DIGEST_BYTES * number
-            self._map[place : place + _DIGEST_BYTES] = _sha256(file.header, self.view(file.start, file.stop)).digest()
+            place = DIGESTS_AT + DIGEST_BYTES * number
+            self._map[place : place + DIGEST_BYTES] = _sha256(file.header, self.view(file.start, file.stop)).digest()
         _, count, *places, _ = self._header()
         self._set(count, *places, num_digests=len(files))
 
@@ -302,8 +306,8 @@ class _Buffer:
         """Of that many files, in hexadecimal; none where their writer had not come to them."""
         if self._header()[-1] != files:
             return []
-        places = [_DIGESTS_AT + _DIGEST_BYTES * number for number in range(files)]
-        return [self._map[place : place + _DIGEST_BYTES].hex() for place in places]
+        places = [DIGESTS_AT + DIGEST_BYTES * number for number in range(files)]
+        return [self._map[place : place + DIGEST_BYTES].hex() for place in places]
 
     def forget(self) -> None:
         """Hold no snapshot."""
@@ -313,7 +317,7 @@ class _Buffer:
     def index(self) -> dict[str, Any]:
         """What a finished snapshot says of itself. Raises CheckpointDamaged for one that is not."""
         magic, count, stop, length, crc, _ = self._header()
-        if magic != _MAGIC or count % 2 or not 0 < length <= _MOST_INDEX_BYTES or stop < 0:
+        if magic != MAGIC or count % 2 or not 0 < length <= MOST_INDEX_BYTES or stop < 0:
             raise CheckpointDamaged("there is no finished snapshot")
         text = bytes(self.view(stop, stop + length))
         if zlib.crc32(text) != crc:
@@ -327,11 +331,11 @@ class _Buffer:
             self._map = mmap.mmap(self._fd, _pages(stop), offset=self._place)
 
     def _header(self) -> tuple[Any, ...]:
-        return _HEADER.unpack_from(self._map)
+        return HEADER.unpack_from(self._map)
 
     def _set(self, count: int, stop: int, length: int, crc: int, *, num_digests: int = 0) -> None:
         # Not pack_into, which fills with zeros first: a kill must find the old values or the new ones.
-        self._map[: _HEADER.size] = _HEADER.pack(_MAGIC, count, stop, length, crc, num_digests)
+        self._map[: HEADER.size] = HEADER.pack(MAGIC, count, stop, length, crc, num_digests)
 
 
 class _Mapped(Arena):
@@ -365,7 +369,7 @@ def _sha256(*pieces: bytes | memoryview) -> hashlib._Hash:
 
 
 def _pages(num_bytes: int) -> int:
-    return -(-num_bytes // _PAGE) * _PAGE
+    return -(-num_bytes // PAGE) * PAGE
 
 
 def _read_only() -> OSError:
