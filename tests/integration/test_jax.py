@@ -194,7 +194,7 @@ def test_without_our_agent_a_rank_that_loses_another_says_which_and_ends(folder:
 
 def test_the_error_of_one_rank_is_the_last_word_of_the_run(folder: Path) -> None:
     began = time.monotonic()
-    ended = launch(RECIPE, folder / "failing", "jax-2", jax_trainer("FailsOnOne"))
+    ended = launch(RECIPE, folder / "failing", "jax-2", jax_trainer("FailsOnOne"), "recovery.restarts=0")
     assert time.monotonic() - began < 60
     assert ended.code == 70
     assert ended.last_line == "ValueError: rank 1 has had enough"

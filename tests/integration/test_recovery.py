@@ -266,25 +266,34 @@ def test_a_mistake_in_the_first_step_is_told_at_once(folder: Path) -> None:
 def test_a_run_that_is_stopped_by_any_signal_loses_no_step(
     folder: Path, whole: dict[str, Path], full_drills: bool
 ) -> None:
-    chance = chances()
+    chance, hits = chances(), 0
     numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
-    for number in range(50 if full_drills else 1):
+    most = 200 if full_drills else 3
+    for number in range(most):
+        if hits >= most:
+            break
         shape = SHAPES[number % 2]
         run = folder / f"signalled-{number}"
         going = launched(run, shape, *SLOW)
         for place, caught in enumerate(numbers):
-            going.after(1 + 9 * place + chance.randrange(6))
+            going.after(1 + 8 * place + chance.randrange(6))
             time.sleep(chance.random() * 0.05)
             ended = going.signal(caught, rank=1 if caught == signal.SIGUSR2 else None).ended()
+            if ended.code == 0 and len(losses(run)) == STEPS:
+                break  # the machine was slow, and the signal came when all was done
+            hits += 1
             assert ended.code == 75, f"{caught!r}: {ended}"
             assert f"unitrain resume {run.name}" in ended.err
             stopped = events(run, "preempt")[-1]["step"]
             assert CheckpointReader(checkpoints(run)[-1]).step == stopped == len(losses(run))
             going = resumed(run)
-        assert f"resumed at step {stopped} " in going.ended().succeeded().out
+        else:
+            assert f"resumed at step {stopped} " in going.ended().succeeded().out
         assert_same(run, whole[shape])
         assert redone(run) == [], "no step came again"
         shutil.rmtree(run)
+    assert hits >= most, "too many signals came when all was done"
+    print(f"{hits} signals")
 
 
 def test_cancelling_a_run_saves_it(folder: Path) -> None:
@@ -362,12 +371,16 @@ def test_leaving_the_steps_early_closes_the_run_in_good_order(tmp_path: Path) ->
     assert [(event["event"], event["step"]) for event in events(tmp_path / "run")] == [("start", 0), ("stop", 1)]
 
 
-def test_a_worker_that_wakes_up_after_it_was_replaced_publishes_nothing(folder: Path, whole: dict[str, Path]) -> None:
+def test_a_worker_that_wakes_up_after_it_was_replaced_publishes_nothing(
+    folder: Path, request: pytest.FixtureRequest
+) -> None:
     run = folder / "zombie"
     Run.create(run, recipe=_recipe())
     command = [COMMAND.with_name("python"), "-m", "unitrain.worker", run]
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
     zombie = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
+    request.addfinalizer(zombie.communicate)
+    request.addfinalizer(zombie.kill)
     deadline = time.monotonic() + 60
     while len(metrics(run)) < 10:
         assert time.monotonic() < deadline
@@ -377,8 +390,9 @@ def test_a_worker_that_wakes_up_after_it_was_replaced_publishes_nothing(folder: 
     assert subprocess.run(command, capture_output=True, check=False, env=environ).returncode == 0
     left = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
     zombie.send_signal(signal.SIGCONT)
-    _, err = zombie.communicate(timeout=60)
-    assert zombie.returncode == 70
+    assert zombie.stderr is not None
+    err = zombie.stderr.read()
+    assert zombie.wait(timeout=60) == 70
     assert "was replaced by attempt" in err
     assert {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()} == left
 

@@ -209,7 +209,7 @@ def test_a_rank_refuses_for_all_and_is_the_last_to_speak(folder: Path) -> None:
 
 @pytest.mark.parametrize("shape", ["ddp-2", "ddp-3", "fsdp2-2"])
 def test_the_first_failing_ranks_exception_is_the_last_line(folder: Path, shape: str) -> None:
-    ended = launch(ROWS, folder / shape, shape, "trainer=mistakes.py:OneRank")
+    ended = launch(ROWS, folder / shape, shape, "trainer=mistakes.py:OneRank", "recovery.restarts=0")
     assert ended.code == FAILED
     assert ended.last_line == "ValueError: rank 1 has seen a bad row"
     assert ended.err.startswith("rank 1 raised ValueError (pid ")
