@@ -14,6 +14,8 @@ import pytest
 
 from unitrain.world import STARTERS
 
+_DRILL_SECONDS = 7200  # a hundred kills take their time on a busy machine
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--drills", action="store_true", help="run drills at their full counts, as `make drills` does")
@@ -57,6 +59,8 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
     for item in items:
         if "full_drills" in getattr(item, "fixturenames", ()):
             item.add_marker("drill")
+            if item.config.getoption("--drills"):
+                item.add_marker(pytest.mark.timeout(_DRILL_SECONDS))
         if item.get_closest_marker("gpu"):
             needy.append(item)
     if needy:
