@@ -296,6 +296,22 @@ def test_a_run_that_is_stopped_by_any_signal_loses_no_step(
     print(f"{hits} signals")
 
 
+def test_a_signal_to_every_process_of_a_job_at_once_saves_too(folder: Path) -> None:
+    run = folder / "everybody"
+    going = launched(run, "ddp-2", *SLOW, "train.steps=4000").after(9)
+    ranks = [going.rank(number).pid for number in range(2)]
+    warm, agent = parent_of(ranks[0]), parent_of(parent_of(ranks[0]))
+    for pid in (warm, *ranks, agent, going.process.pid):  # as schedulers do
+        os.kill(pid, signal.SIGTERM)
+    ended = going.ended()
+    assert ended.code == 75, ended
+    assert CheckpointReader(checkpoints(run)[-1]).step == events(run, "preempt")[-1]["step"] == len(losses(run))
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def test_cancelling_a_run_saves_it(folder: Path) -> None:
     run = folder / "cancelled"
     going = launched(run, "ddp-2", *SLOW, "train.steps=4000").after(9)

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .rank import die_with, run_entry, skip_teardown
-from .signals import SignalPipe, signal_group
+from .signals import STOPPING, SignalPipe, signal_group
 from .starters import fork_rank, reap, receive_start
 
 _OWN_THREADS = Path("/proc/self/task")
+_ORPHANED = signal.SIGRTMIN if hasattr(signal, "SIGRTMIN") else signal.SIGQUIT  # nobody else sends it
 
 
 def main() -> None:
@@ -39,9 +40,11 @@ def main() -> None:
             _kill(pids)
         os._exit(0)
 
-    signal.signal(signal.SIGTERM, end_with_agent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's is for the agent
-    die_with(task["parent"], signal.SIGTERM)
+    # A terminal signals all processes of a job, and so does Slurm: the agent decides, and ranks note it themselves.
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(_ORPHANED, end_with_agent)
+    die_with(task["parent"], _ORPHANED)
     if _prepare(task) and serve(task, pids):
         run_entry(task["entry"], task["arguments"])
     sys.stderr.flush()
