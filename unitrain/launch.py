@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import registry
 from .agent.job import FILE, job_text, read_job
 from .agent.records import EXIT, read_record
 from .agent.screen import Stream
@@ -15,10 +14,10 @@ from .agent.signals import STOPPING
 from .agent.starters import Forks
 from .agent.supervise import Agent
 from .errors import ExitCode, RankFailed, UserError
-from .launcher import Job, Launcher
 from .recipe import Recipe
-from .recipe_file import check, load_recipe
+from .recipe_file import load_recipe
 from .run import Run
+from .submission import ask, job_of, prepare, submit
 from .trainer import Result, Trainer
 from .worker import train
 from .world import World
@@ -51,11 +50,12 @@ def launch(
     loaded = load_recipe(recipe, [*here, *overrides], strategy=strategy)
     if path is None:
         _refuse_cuda()
+        if loaded.code.snapshot:
+            raise UserError(f"code.snapshot copies files, and {trainer.__name__} is in none; move it into a .py file")
+        run = _run(run_dir, loaded)
+        code = _launch_forks(run, trainer, loaded)
     else:
-        check(loaded)
-    run = _run(run_dir, loaded)
-    job = _job(run, loaded)
-    code = _launch_processes(run, job) if path is not None else _launch_forks(run, job, trainer, loaded)
+        run, code = _launch_processes(run_dir, loaded)
     if code in {128 + number for number in STOPPING}:
         raise KeyboardInterrupt
     if code not in (ExitCode.DONE, ExitCode.PREEMPTED):
@@ -97,29 +97,15 @@ def _run(run_dir: str | Path | None, recipe: Recipe) -> Run:
     return run
 
 
-def _job(run: Run, recipe: Recipe) -> Job:
-    entry = registry.entry("strategies", recipe.strategy.name)
-    return Job(
-        run_id=run.id,
-        run_dir=run.folder,
-        nodes=1,
-        nproc=recipe.launcher.nproc,
-        options=recipe.launcher.options,
-        preload=entry.preload,
-        fork=entry.fork,
-        recovery=recipe.recovery,
-    )
+def _launch_processes(run_dir: str | Path | None, recipe: Recipe) -> tuple[Run, int]:
+    recipe, code = ask(recipe, None if run_dir is None else Path(run_dir))
+    run = _run(run_dir, recipe)
+    submission = prepare(run, recipe, code)
+    return run, submission.launcher.wait(submission.job, submit(submission))
 
 
-def _launch_processes(run: Run, job: Job) -> int:
-    launcher: Launcher = registry.load("launchers", "local")()
-    job_id = launcher.submit(job, launcher.render(job))
-    run.event("launch", launcher="local", job_id=job_id, nodes=1, nproc=job.nproc, cwd=str(Path.cwd()))
-    return launcher.wait(job, job_id)
-
-
-def _launch_forks(run: Run, job: Job, trainer: type[Trainer], recipe: Recipe) -> int:
-    (run.folder / FILE).write_text(job_text(job, "local"))
+def _launch_forks(run: Run, trainer: type[Trainer], recipe: Recipe) -> int:
+    (run.folder / FILE).write_text(job_text(job_of(run, recipe), "local"))
     # One thread: a fork of a process whose OpenMP threads have worked hangs where it wants more.
     agent = Agent(read_job(run.folder), run.folder, Stream(), environ={"OMP_NUM_THREADS": "1"})
     forks = Forks(lambda: train(lambda: trainer(recipe, run_dir=run.folder), run.folder))

@@ -1,6 +1,8 @@
 """The contract of a launcher: it starts one agent on each node, and knows nothing of strategies.
 
-`render` is pure and `submit` runs precisely what it rendered, so that a dry run cannot lie.
+`render` is pure and `submit` runs precisely what it rendered, so that a dry run cannot lie. A job is found again from
+any shell by the run's folder: job.json says what was asked, job-state.json which job it is, exit.json how it ended.
+Resuming is another job in the same folder, by this launcher or another.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ class Job:
     run_dir: Path
     nodes: int
     nproc: int
+    recipe: str = ""  # the text of the run's recipe.yaml, for launchers that carry it to where the folder is not
     options: Mapping[str, Any] = field(default_factory=dict)  # the launcher's own
     preload: tuple[str, ...] = ()  # modules that the warm process imports before it forks ranks
     fork: bool = True  # False: the framework starts threads at import, so ranks are spawned
@@ -55,28 +58,41 @@ class Launcher(ABC):
     @classmethod
     @abstractmethod
     def problems(cls, recipe: Recipe) -> list[Problem]:
-        """Refusals, each with an alternative. Called before anything starts; needs nothing installed."""
+        """Refusals, each with an alternative. Called before anything starts; needs nothing installed.
+
+        What could leave its place in a script, a manifest or a command line is refused here.
+        """
 
     @abstractmethod
     def render(self, job: Job) -> Rendered:
-        """The files and the command line. Pure."""
+        """The files and the command line. Pure: the same for the same job, and it needs nothing installed."""
 
     @abstractmethod
     def submit(self, job: Job, rendered: Rendered) -> str:
-        """Write the files below the run folder, start the command, return the job's id."""
+        """Write the files below the run folder, start the command, return the job's id.
+
+        Leaves job-state.json with at least `launcher`, `job_id` and `submitted` (Unix time), and takes an older
+        exit.json away. Raises UserError with the system's own words where it is refused.
+        """
 
     @abstractmethod
     def wait(self, job: Job, job_id: str) -> int:
-        """Follow the job until it ends; its exit code."""
+        """Show rank 0's output until the job ends; the run's exit code, which the agent of node 0 has left."""
 
     @abstractmethod
     def status(self, run_dir: Path, job_id: str) -> JobStatus:
-        """What became of the job, from any shell."""
+        """What became of the job, from any shell. Raises UserError for a job that is not this run's newest."""
 
     @abstractmethod
     def logs(self, run_dir: Path, *, rank: int = 0, follow: bool = False) -> Iterator[str]:
-        """Lines of one rank's log, newest attempt; with `follow` until the job ends."""
+        """Lines of one rank's log, newest attempt; with `follow` until the job ends.
+
+        Raises UserError, when it is called, for a rank without a log.
+        """
 
     @abstractmethod
     def cancel(self, run_dir: Path, job_id: str, *, grace_seconds: float = 30.0) -> None:
-        """Ask the job to stop, and end it when the grace is over."""
+        """Ask the job to stop, and end it when the grace is over; returns when nothing of it is left.
+
+        A job that has ended already is left as it is.
+        """

@@ -152,6 +152,30 @@ class LauncherRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CodeRecipe:
+    """Whose code the ranks run."""
+
+    snapshot: bool = key(
+        False,
+        "true: a copy of the project's tracked and changed files, made at the launch and kept in the run's folder; "
+        "false: the files as they are when ranks start",
+    )
+    allow: tuple[str, ...] = key((), "patterns of files that go along though they look like secrets or are large")
+    leave_out: tuple[str, ...] = key((), "patterns of files that ranks do not need")
+    link: tuple[str, ...] = key((), "folders or files that the copy only links to: data")
+    file_mb: float = key(10.0, "a larger file is refused by name (MiB)")
+    total_mb: float = key(200.0, "a larger copy is refused (MiB)")
+
+    def __post_init__(self) -> None:
+        above("code.file_mb", self.file_mb, 0)
+        above("code.total_mb", self.total_mb, 0)
+        for name, patterns in (("allow", self.allow), ("leave_out", self.leave_out), ("link", self.link)):
+            for pattern in patterns:
+                if pattern in ("", ".") or pattern.startswith("/") or ".." in pattern.split("/"):
+                    raise RecipeError(f"code.{name} has {pattern!r}; paths start at the top of the project")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointRecipe:
     """When to save, and what to keep."""
 
@@ -229,6 +253,7 @@ class Recipe:
     train: TrainRecipe = section(TrainRecipe, "how long, how wide, how precise")
     strategy: StrategyRecipe = section(StrategyRecipe, "on which backend")
     launcher: LauncherRecipe = section(LauncherRecipe, "how processes start")
+    code: CodeRecipe = section(CodeRecipe, "whose code the ranks run")
     checkpoint: CheckpointRecipe = section(CheckpointRecipe, "when to save, and what to keep")
     recovery: RecoveryRecipe = section(RecoveryRecipe, "what happens when ranks die or hang")
     guard: GuardRecipe = section(GuardRecipe, "what happens when training itself goes wrong")

@@ -62,15 +62,21 @@ def to_yaml(recipe: Recipe) -> str:
     return write(to_dict(recipe))
 
 
-def check(recipe: Recipe, *, with_strategy: bool = False) -> None:
+def check(recipe: Recipe, *, with_strategy: bool = False, installed: bool = True) -> None:
     """Refuse, before anything starts, what cannot run as a whole.
 
     Asks the strategy too where that needs no framework, or where `with_strategy` bears with importing one (the
-    Trainer always asks).
+    Trainer always asks). With `installed` the packages of launcher and strategy must be here, the latter's unless the
+    ranks run elsewhere.
     Raises UnknownName, MissingExtra, RecipeError, or Refused with every problem and its alternative.
     """
-    strategy = registry.entry("strategies", recipe.strategy.name)
-    launcher = registry.load("launchers", recipe.launcher.name)
+    how = registry.known("launchers", recipe.launcher.name)
+    strategy = registry.known("strategies", recipe.strategy.name)
+    if installed:
+        registry.entry("launchers", recipe.launcher.name)
+        if not how.remote:
+            registry.entry("strategies", recipe.strategy.name)
+    launcher = registry.resolve(how.path)
     cluster = Cluster(nodes=recipe.launcher.nodes, nproc=recipe.launcher.nproc)
     if cluster.ranks > recipe.train.global_batch:
         raise RecipeError(

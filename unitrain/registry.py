@@ -32,6 +32,9 @@ class Entry:
     before: str = ""  # a module to import before the framework and the user's files: it sets what they read
     preload: tuple[str, ...] = ()  # what a warm process imports before it forks ranks
     fork: bool = True  # False: the framework starts threads at import
+    remote: bool = False  # its ranks have an environment of their own: what they need is not needed here
+    child: bool = False  # its jobs end with whoever starts them, unless launcher.options.detached says otherwise
+    agent: bool = True  # its jobs run our agent, and so any launcher.options.entry
 
     @property
     def installed(self) -> bool:
@@ -134,11 +137,36 @@ STRATEGIES: Mapping[str, Entry] = MappingProxyType({
 })  # fmt: skip
 
 LAUNCHERS: Mapping[str, Entry] = MappingProxyType({
-    "local": Entry(path="unitrain.launchers.local:Local", summary="ranks on this machine, started by our agent"),
+    "local": Entry(
+        path="unitrain.launchers.local:Local", summary="ranks on this machine, started by our agent", child=True
+    ),
     "torchrun": Entry(
-        path="unitrain.launchers.torchrun:Torchrun", summary="ranks on this machine under torch's elastic agent"
+        path="unitrain.launchers.torchrun:Torchrun",
+        summary="ranks under torch's elastic agent: one on this node, and yours to start on every other",
+        child=True,
+        agent=False,
+    ),
+    "ssh": Entry(
+        path="unitrain.launchers.ssh:SSH",
+        summary="hosts that share a folder, without a scheduler: an agent on each, started by ssh",
+        child=True,
+    ),
+    "mpi": Entry(
+        path="unitrain.launchers.mpi:MPI", summary="ranks under mpirun, one in each slot", child=True, agent=False
+    ),
+    "slurm": Entry(path="unitrain.launchers.slurm:Slurm", summary="a batch job of Slurm, requeued until it is done"),
+    "kubernetes": Entry(
+        path="unitrain.launchers.kubernetes:Kubernetes",
+        summary="pods of Kubernetes: TrainJob, JobSet, Indexed Job, or a Job for each node",
+        requires="kubernetes",
+        package="the kubernetes client",
+        extra="kubernetes",
+        remote=True,
     ),
 })  # fmt: skip
+
+# of each framework that `unitrain doctor` tries: (world, coordinator) -> what it found
+PROBES: Mapping[str, str] = MappingProxyType({"torch": "unitrain.strategies._torch_probe:probe"})
 
 # configuration classes: the schema of `model:` and `data:` for the built-in names
 MODELS: Mapping[str, Entry] = MappingProxyType({
@@ -201,15 +229,20 @@ def entry(group: str, name: str) -> Entry:
 
     A strategy or launcher that no package registers goes by its own path, module:Class.
     """
-    if ":" in name and group in ("strategies", "launchers"):
-        return Entry(path=name, summary="your own", fork=False)
-    known = entries(group)
-    if name not in known:
-        raise UnknownName(_SINGULAR[group], name, known)
-    found = known[name]
+    found = known(group, name)
     if not found.installed:
         raise MissingExtra(f"{_SINGULAR[group]} {name!r}", found.package, found.extra, install=found.install)
     return found
+
+
+def known(group: str, name: str) -> Entry:
+    """The same, whether what it needs is installed here or not."""
+    if ":" in name and group in ("strategies", "launchers"):
+        return Entry(path=name, summary="your own", fork=False)
+    there = entries(group)
+    if name not in there:
+        raise UnknownName(_SINGULAR[group], name, there)
+    return there[name]
 
 
 def prepare(strategy: str) -> None:

@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = parser.parse_intermixed_args(argv)
     recipe_file = known.path / "recipe.yaml" if known.path.is_dir() else known.path
     run_dir = known.path if known.path.is_dir() and known.run_dir is None else known.run_dir
+    if run_dir is not None:
+        run_dir = run_dir.absolute()  # a rank may go into the run's own copy of the code
 
     def build() -> Trainer:
         from . import registry
@@ -47,10 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .trainer_path import resolve_trainer
 
         recipe = load_recipe(recipe_file, known.overrides)
+        refuse_others = None
+        if recipe.code.snapshot and run_dir is not None:
+            from .snapshot import enter
+
+            refuse_others = enter(run_dir)
         # Before the trainer's file, which may import Keras.
         settle_keras(registry.entry("strategies", recipe.strategy.name).framework)
         registry.prepare(recipe.strategy.name)
-        return resolve_trainer(recipe.trainer, beside=recipe_file.parent)(recipe, run_dir=run_dir)
+        trainer = resolve_trainer(recipe.trainer, beside=recipe_file.parent)
+        if refuse_others is not None:
+            refuse_others()
+        return trainer(recipe, run_dir=run_dir)
 
     return train(build, run_dir, keep_logs=known.keep_logs)
 
@@ -65,8 +75,8 @@ def train(build: Callable[[], Trainer], run_dir: Path | None, *, keep_logs: bool
             # By C code in the signal handler itself: it also speaks of a rank that hangs in C code or holds the GIL.
             faulthandler.register(signal.SIGQUIT, open(world.stacks, "w"), all_threads=True)  # noqa: SIM115
         world.beat(Phase.STARTING, 0)
-        if world.starter == "torchrun":
-            die_with(os.getppid(), signal.SIGKILL)  # torchrun itself, when killed, leaves its workers running
+        if world.starter in ("torchrun", "mpirun"):
+            die_with(os.getppid(), signal.SIGKILL)  # these, when killed, may leave their workers running
         if keep_logs and run_dir is not None:
             _log_to(run_dir, world)
         trainer = build()

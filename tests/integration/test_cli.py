@@ -133,6 +133,8 @@ MISTAKES: list[tuple[list[str], int, str]] = [
     (["launch"], 2, "Usage: unitrain launch "),
     (["launch", "tiny.yaml", "--nproc", "0"], 2, "Usage: unitrain launch "),
     (["launch", "tiny.yaml", "--nprocs", "2"], 2, "Usage: unitrain launch "),
+    (["launch", "tiny.yaml", "--json"], 2, "Usage: unitrain launch "),
+    (["resume", "taken", "--json"], 2, "Usage: unitrain resume "),
     (["list", "strategy"], 2, "Usage: unitrain list "),
     (["frobnicate"], 2, "Usage: unitrain "),
 ]
@@ -244,6 +246,28 @@ def test_a_resumed_run_goes_on_from_elsewhere_with_other_ranks(trained, tmp_path
     assert not list(tmp_path.iterdir()), "the data's relative path starts where the run was launched"
 
 
+def test_a_dry_run_of_resuming_by_another_launcher_shows_its_job_and_changes_nothing(trained):
+    folder, _ = trained
+    (run,) = Run.all(folder / "runs")
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    words = ["resume", run.id, "--launcher", "torchrun", "--strategy", "ddp", "--nproc", "2", "--dry-run", "--json"]
+    done = unitrain(*words, cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = json.loads(done.stdout)
+    assert (shown["id"], shown["launcher"], shown["nproc"], shown["code"]) == (run.id, "torchrun", 2, None)
+    assert shown["argv"][2] == "torch.distributed.run"
+    assert json.loads(shown["files"][str(run.folder / "job.json")])["launcher"] == "torchrun"
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+
+
+def test_logs_and_cancel_answer_in_json(trained):
+    folder, _ = trained
+    (run,) = Run.all(folder / "runs")
+    lines = [json.loads(line) for line in unitrain("logs", run.id, "--json", cwd=folder).stdout.splitlines()]
+    assert {tuple(line) for line in lines} == {("rank", "line")}
+    assert [line["line"] for line in lines] == unitrain("logs", run.id, cwd=folder).stdout.splitlines()
+
+
 def test_a_run_that_runs_is_not_resumed_and_can_be_cancelled(trained):
     folder, _ = trained
     slow = ["train.steps=1000000", "train.log_every=100", "train.eval_every=0", "checkpoint.every=0"]
@@ -257,8 +281,10 @@ def test_a_run_that_runs_is_not_resumed_and_can_be_cancelled(trained):
     assert refused.returncode == 78
     assert refused.stderr == "error: slow is running; wait for its end, or stop it with `unitrain cancel slow`\n"
     assert re.search(r"state +running.*\n(.*\n)*train .* eta ", unitrain("status", "slow", cwd=folder).stdout)
-    cancelled = unitrain("cancel", "slow", "--grace", "20", cwd=folder)
+    cancelled = unitrain("cancel", "slow", "--grace", "20", "--json", cwd=folder)
     assert (cancelled.returncode, cancelled.stderr) == (0, "")
+    answer = json.loads(cancelled.stdout)
+    assert (answer["id"], answer["state"] in ("cancelled", "preempted")) == ("slow", True)
     started.stdout.close()
     assert started.wait(30) != 0
     assert json.loads(unitrain("status", "slow", "--json", cwd=folder).stdout)["state"] in ("cancelled", "preempted")

@@ -97,7 +97,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
         f"{CUSTOM}zzz: 1",
         [],
         "gpt.yaml:2: no key 'zzz'; a recipe has the keys name, trainer, model, data, optimizer, schedule, train, "
-        "strategy, launcher, checkpoint, recovery, guard",
+        "strategy, launcher, code, checkpoint, recovery, guard",
     ),
     (
         f"{CUSTOM}checkpoint: {{asynchronous: true}}",

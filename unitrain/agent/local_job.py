@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExitCode, UserError
-from ..launcher import Job, JobStatus, Rendered
+from ..launcher import Job, JobStatus, Launcher, Rendered
 from .logs import attempt_number, find_log, log_lines, new_attempt, no_log
 from .records import EXIT, Process, read_record, write_exit, write_record
 from .signals import STOPPING
@@ -23,6 +23,49 @@ from .threads import thread_defaults
 STATE = "job-state.json"  # which process is the job, since when, and whether somebody cancelled it
 _POLL_SECONDS = 0.05
 _STOPPED = {128 + number: number.name for number in STOPPING}
+
+
+class OneProcess(Launcher):
+    """A launcher whose job is one process of this machine, which holds all that the job is: its id is the pid."""
+
+    def __init__(self) -> None:
+        self._started: dict[str, subprocess.Popen[bytes]] = {}
+
+    def submit(self, job: Job, rendered: Rendered) -> str:
+        """Start the process."""
+        process = start_job(job, rendered, self.name, detached=bool(job.options.get("detached")))
+        job_id = str(process.pid)
+        self._started[job_id] = process
+        return job_id
+
+    def wait(self, job: Job, job_id: str) -> int:
+        """The exit code of the process, which shows rank 0's log itself unless it is detached."""
+        process = self._started.pop(job_id, None)
+        if process is None:
+            return wait_until_ended(job.run_dir, job_id)
+        if job.options.get("detached"):
+            self.show_log(job)
+            return process.wait()
+        code, _ = wait_for(process)
+        return code if code >= 0 else ExitCode.FAILED  # it was killed
+
+    def show_log(self, job: Job) -> None:
+        """Print rank 0's log until the job ends; nothing where it ended before any rank had a log."""
+        with contextlib.suppress(UserError):
+            for line in self.logs(job.run_dir, follow=True):
+                print(line, flush=True)
+
+    def status(self, run_dir: Path, job_id: str) -> JobStatus:
+        """From the process and what it has left."""
+        return job_status(run_dir, job_id)
+
+    def logs(self, run_dir: Path, *, rank: int = 0, follow: bool = False) -> Iterator[str]:
+        """From the files that the ranks write."""
+        return job_log(run_dir, rank=rank, follow=follow)
+
+    def cancel(self, run_dir: Path, job_id: str, *, grace_seconds: float = 30.0) -> None:
+        """End the process, which has its ranks save and ends them."""
+        cancel_job(run_dir, job_id, grace_seconds=grace_seconds)
 
 
 def start_job(job: Job, rendered: Rendered, launcher: str, *, detached: bool = False) -> subprocess.Popen[bytes]:

@@ -11,13 +11,13 @@ from typing import Annotated
 import typer
 
 from ..errors import UnitrainError
-from . import auditing, chaos, exporting, importing, launch, listing, runs, verifying
+from . import auditing, chaos, doctor, exporting, importing, launch, listing, runs, verifying
 
 app = typer.Typer(
     name="unitrain",
     help="One Trainer, any training backend, any cluster, nothing lost.",
     epilog="Exit codes: 0 done, 2 wrong usage, 70 failed, 75 stopped and saved, 78 bad recipe, 93 crash loop, "
-    "130 interrupted.",
+    "130 interrupted; 1: doctor found what would make a run fail.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -29,6 +29,7 @@ app.command("list")(listing.list_names)
 app.command("status")(runs.status)
 app.command("logs")(runs.logs)
 app.command("cancel")(runs.cancel)
+app.command("doctor")(doctor.doctor)
 app.command("export")(exporting.export)
 app.command("import")(importing.import_)
 app.command("verify")(verifying.verify)

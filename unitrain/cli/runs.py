@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import UserError
 from . import complete
+from .listing import print_json
 
 if TYPE_CHECKING:
-    from ..launcher import JobStatus, Launcher
-    from ..recipe import Recipe
+    from ..launcher import JobStatus
     from ..run import Run
 
 Name = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or id.", autocompletion=complete.runs)]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
 
 
-def status(name: Name, as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False) -> None:
+def status(name: Name, as_json: AsJson = False) -> None:
     """Show how far a run is and whether it still runs."""
     from ..run import Run
-    from .listing import print_json
 
     facts = summary(Run.open(name))
     if as_json:
@@ -33,13 +34,16 @@ def logs(
     name: Name,
     rank: Annotated[int, typer.Option("--rank", metavar="N", min=0, help="Whose log.")] = 0,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object for each line.")] = False,
 ) -> None:
     """Print the log of one rank, of the newest attempt."""
     from ..run import Run
+    from ..submission import launcher_of
 
     run = Run.open(name)
-    for line in _launcher(run).logs(run.folder, rank=rank, follow=follow):
-        print(line.rstrip("\n"), flush=follow)
+    for line in launcher_of(run).logs(run.folder, rank=rank, follow=follow):
+        text = line.rstrip("\n")
+        print(json.dumps({"rank": rank, "line": text}, ensure_ascii=False) if as_json else text, flush=follow)
 
 
 def cancel(
@@ -47,30 +51,38 @@ def cancel(
     grace: Annotated[
         float, typer.Option("--grace", metavar="SECONDS", min=0, help="Time to save a checkpoint before it is ended.")
     ] = 30.0,
+    as_json: AsJson = False,
 ) -> None:
     """Ask a run to stop, and end it after a grace."""
     from ..run import Run
+    from ..submission import Started
 
     run = Run.open(name)
-    state = state_of(run).state
-    if state not in ("pending", "running"):
+    started, state = Started.of(run), state_of(run).state
+    if started is None or state not in ("pending", "running"):
         raise UserError(f"{run.id} is not running ({state}): nothing to cancel")
-    _launcher(run).cancel(run.folder, run.launched()["job_id"], grace_seconds=grace)
-    print(f"{run.id}: {state_of(run).state}; go on with `unitrain resume {name}`")
+    started.cancel(grace_seconds=grace)
+    found = started.status()
+    if as_json:
+        print_json({"id": run.id, "state": found.state, "exit_code": found.exit_code, "detail": found.detail})
+    else:
+        print(f"{run.id}: {found.state}; go on with `unitrain resume {name}`")
 
 
 def state_of(run: Run) -> JobStatus:
     """What became of the run's job; `unknown` where no launcher started it."""
-    from ..launcher import JobStatus
+    from ..submission import status_of
 
-    job_id = run.launched().get("job_id")
-    return JobStatus("unknown") if job_id is None else _launcher(run).status(run.folder, job_id)
+    return status_of(run)
 
 
 def summary(run: Run) -> dict[str, Any]:
     """What there is to know of a run, for people and programs."""
-    recipe, launched, events, metrics = _recipe(run), run.launched(), run.events(), run.metrics()
-    state = state_of(run)
+    from ..recipe_file import load_recipe
+    from ..submission import Started
+
+    recipe, launched, events, metrics = load_recipe(run.recipe_path), run.launched(), run.events(), run.metrics()
+    state, started = state_of(run), Started.of(run)
     train = [record for record in metrics if record.get("split") == "train"]
     evaluations = [record for record in metrics if record.get("split") == "eval"]
     saved = [event for event in events if event["event"] == "checkpoint"]
@@ -81,8 +93,8 @@ def summary(run: Run) -> dict[str, Any]:
         "exit_code": state.exit_code,
         "detail": state.detail,
         "strategy": recipe.strategy.name,
-        "launcher": launched.get("launcher", recipe.launcher.name),
-        "job_id": launched.get("job_id"),
+        "launcher": launched.get("launcher", recipe.launcher.name) if started is None else started.name,
+        "job_id": None if started is None else started.job_id,
         "ranks": recipe.launcher.nodes * recipe.launcher.nproc,
         "step": train[-1]["step"] if train else 0,
         "steps": recipe.train.steps,
@@ -97,20 +109,6 @@ def summary(run: Run) -> dict[str, Any]:
 def counted(count: int, noun: str) -> str:
     """`1 rank`, `2 ranks`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _recipe(run: Run) -> Recipe:
-    from ..recipe_file import load_recipe
-
-    return load_recipe(run.recipe_path)
-
-
-def _launcher(run: Run) -> Launcher:
-    from .. import registry
-
-    launched = run.launched()
-    launcher: Launcher = registry.load("launchers", launched.get("launcher") or _recipe(run).launcher.name)()
-    return launcher
 
 
 def _print_status(facts: dict[str, Any]) -> None:

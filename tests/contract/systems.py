@@ -1,0 +1,106 @@
+"""Where the conformance jobs of each launcher run: the one place to plug a launcher's own system in.
+
+A launcher whose system a test can start has `tests/lab/<launcher>_system.py` with a class `System` of the form below.
+A launcher without that file is rendered and refused like all others, but starts nothing in these tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import pytest
+
+LAB = Path(__file__).resolve().parents[1] / "lab"
+
+
+def options_of(launcher: str, nodes: int) -> dict[str, Any]:
+    """What the launcher asks for beside nodes and ranks, so that its jobs can be rendered anywhere."""
+    asked: dict[str, dict[str, Any]] = {
+        "torchrun": {"rdzv_endpoint": "node-1:29400"} if nodes > 1 else {},
+        "ssh": {"hosts": [f"node-{number}" for number in range(nodes)]},
+        "mpi": {"hosts": [f"node-{number}" for number in range(nodes)]},
+        "kubernetes": {"image": "registry.local/unitrain:1", "volume": {"claim": "runs"}},
+    }
+    return asked.get(launcher, {})
+
+
+class System(Protocol):
+    """A system that is up while entered; entering skips the tests, with the reason, where it cannot be."""
+
+    nodes: int  # of the jobs that are started on it
+    nproc: int  # ranks on each; nodes * nproc is at least 2
+    options: Mapping[str, Any]  # launcher.options of these jobs
+    environ: Mapping[str, str]  # variables that whoever submits needs, and whoever asks later
+    patience_seconds: float  # from a submission to the first line of a rank, on a busy machine
+    detaches: bool  # its jobs can outlive whoever submits them
+    process: bool  # a job's id is the number of the process that runs the rendered command
+
+    def __enter__(self) -> System: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+    def folder(self, here: Path) -> Path:
+        """A new folder for a test's runs that all nodes see under this path; `here` is only this machine's."""
+
+    def left(self, run_dir: Path) -> list[str]:
+        """What is left of a run's job on any node, each in a few words: processes, pods."""
+
+
+def processes(run_dir: Path) -> list[str]:
+    """Those of this machine whose command line names the run's folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes()
+        except OSError:
+            continue  # it has ended meanwhile
+        if str(run_dir).encode() in words and int(path.parent.name) != os.getpid():
+            found.append(f"{path.parent.name}: {words.decode(errors='replace')[:200]}")
+    return found
+
+
+class ThisMachine:
+    """For launchers that need nothing but this machine."""
+
+    nodes, nproc = 1, 2
+    options: Mapping[str, Any] = {}
+    environ: Mapping[str, str] = {}
+    patience_seconds = 60.0
+    process = True
+
+    def __init__(self, *, detaches: bool) -> None:
+        self.detaches = detaches
+
+    def __enter__(self) -> ThisMachine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return
+
+    def folder(self, here: Path) -> Path:
+        return here
+
+    def left(self, run_dir: Path) -> list[str]:
+        return processes(run_dir)
+
+
+def system_of(launcher: str) -> System:
+    """The launcher's system, not entered yet. Skips where there is none."""
+    if launcher in ("local", "torchrun"):
+        return ThisMachine(detaches=launcher == "local")
+    path = LAB / f"{launcher}_system.py"
+    if not path.exists():
+        pytest.skip(f"not run: no test can start what {launcher} needs (there is no tests/lab/{path.name})")
+    spec = importlib.util.spec_from_file_location(f"{launcher}_system", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: System = module.System()
+    return found
