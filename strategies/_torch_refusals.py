@@ -409,11 +409,9 @@ def horovod(recipe: Recipe, cluster: Cluster) -> list[Problem]:
         found.append(
             Problem("this Horovod was built without MPI", f"{HOROVOD_MPI}, or leave strategy.options.backend out")
         )
-    elif mpi and cluster.ranks > 1 and World.from_environment().starter not in ("mpirun", "srun"):
+    elif mpi and cluster.ranks > 1 and not _under_mpi(recipe):
         what = "with strategy.options.backend=mpi only MPI can start the ranks"
-        found.append(
-            Problem(what, f"mpirun -np {cluster.ranks} python -m unitrain.worker RECIPE, or leave backend out")
-        )
+        found.append(Problem(what, "use --launcher mpi, or leave strategy.options.backend out"))
     if options.get("compression") == "fp16" and recipe.train.precision == "fp16":
         what = "strategy.options.compression=fp16 would overflow with the loss scale of train.precision=fp16"
         found.append(Problem(what, "use train.precision=bf16, or leave compression out"))
@@ -432,3 +430,8 @@ def _unknown_options(recipe: Recipe, known: Collection[str], shown: Collection[s
         if name not in known:
             what = f"strategy {recipe.strategy.name!r} has no option {name!r}{did_you_mean(name, known)}"
             yield Problem(what, f"known: {', '.join(sorted(shown or known))}")
+
+
+def _under_mpi(recipe: Recipe) -> bool:
+    """True where mpirun starts the ranks, or has started this one."""
+    return recipe.launcher.name == "mpi" or World.from_environment().starter in ("mpirun", "srun")

@@ -63,7 +63,7 @@ def test_mpi_is_refused_where_the_build_has_none(monkeypatch: pytest.MonkeyPatch
 def test_mpi_ranks_are_refused_to_launchers_that_are_not_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_torch_refusals, "horovod_has_mpi", lambda: True)
     (refusal,) = refusals(backend="mpi")
-    assert "only MPI can start the ranks; mpirun -np 2 python -m unitrain.worker RECIPE" in refusal
+    assert "only MPI can start the ranks; use --launcher mpi" in refusal
     assert refusals(1, backend="mpi") == []
 
 
