@@ -29,7 +29,7 @@ from unitrain.launchers._kubernetes_watch import (
 )
 
 _POLL_SECONDS = 1.0
-_LEAVE_SECONDS = 30.0  # beyond the grace, for the kubelet to clear a pod away
+_LEAVE_SECONDS = 120.0  # beyond the grace, for the kubelet to clear a pod away; a busy one takes a minute
 _SELDOM_SECONDS = 5.0
 _TELL_SECONDS = 10.0
 _LOG_SECONDS = 10.0  # for the last lines of a pod that has ended

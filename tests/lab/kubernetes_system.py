@@ -58,7 +58,10 @@ class Lab:
             command += ["--data-binary", "@-"]
         text = None if body is None else json.dumps(body)
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=True)
-        return json.loads(done.stdout)
+        try:
+            return json.loads(done.stdout)
+        except json.JSONDecodeError:  # of a resource that the server has not come to yet
+            return {"kind": "Status", "message": done.stdout}
 
     def pods(self, namespace: str = "default") -> list[dict[str, Any]]:
         """Those that are there, oldest first."""
