@@ -206,6 +206,16 @@ def test_an_error_of_a_rank_elsewhere_is_the_last_thing_that_node_0_prints(nodes
     assert (run.folder / fault["capsule"]).is_dir()
 
 
+def wait_for(port: int) -> None:
+    """Until somebody listens there."""
+    deadline = time.monotonic() + 20
+    while True:
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), timeout=5):
+            return
+        assert time.monotonic() < deadline, "the agent of node 0 does not listen"
+        time.sleep(0.01)
+
+
 def test_nodes_that_never_come_end_the_run_in_time(nodes: Any) -> None:
     run = nodes(join_seconds=1).start(0)
     ended = run.ended(0)
@@ -219,9 +229,7 @@ def test_nodes_that_never_come_end_the_run_in_time(nodes: Any) -> None:
 
 def test_strangers_and_agents_of_other_runs_are_kept_out(nodes: Any, tmp_path: Path, whole: list[float]) -> None:
     run = nodes().start(0)
-    deadline = time.monotonic() + 20
-    while not (run.folder / KEY).exists():
-        assert time.monotonic() < deadline
+    wait_for(run.port)
     assert (run.folder / KEY).stat().st_mode & 0o077 == 0, "nobody else may read the key"
     words = [
         b"\n",
