@@ -11,14 +11,25 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from _pytest.runner import runtestprotocol
 
 from unitrain.world import STARTERS
 
+CLUSTERS = ("test_slurm.py", "test_kubernetes.py", "test_hosts.py", "test_docker.py")
+SYSTEMS = ("slurm", "kubernetes", "ssh", "mpi")  # launchers whose contract is tested on one
+AGAIN: list[str] = []  # tests that were run twice, and why
 _DRILL_SECONDS = 7200  # a hundred kills take their time on a busy machine
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--drills", action="store_true", help="run drills at their full counts, as `make drills` does")
+
+
+def _on_cluster(item: pytest.Item) -> bool:
+    if item.path.name == "test_launchers.py":
+        case = item.name.partition("[")[2].rstrip("]").partition("-")[0]
+        return case in SYSTEMS and item.get_closest_marker("fast") is None
+    return item.path.parent.name == "integration" and item.path.name in CLUSTERS
 
 
 @pytest.fixture(scope="session")
@@ -52,11 +63,37 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """A test on a real cluster fails when it fails twice: schedulers and kubelets have deadlines that we do not set."""
+    if item.get_closest_marker("cluster") is None:
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    reports = runtestprotocol(item, nextitem=nextitem, log=False)
+    if failed := [report for report in reports if report.failed]:
+        AGAIN.append(f"{item.nodeid}\n{failed[0].longreprtext}")
+        item._initrequest()  # type: ignore[attr-defined]  # as pytest-rerunfailures does
+        reports = runtestprotocol(item, nextitem=nextitem, log=False)
+    for report in reports:
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which tests on clusters were run twice, and how the first time ended."""
+    for text in AGAIN:
+        terminalreporter.write_sep("-", "run twice, since it failed the first time")
+        terminalreporter.write_line(text)
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
     """A test that asks for `full_drills` is a drill; one that needs a GPU is skipped where there is none."""
     needy = []
     for item in items:
+        if _on_cluster(item):
+            item.add_marker("cluster")
         if "full_drills" in getattr(item, "fixturenames", ()):
             item.add_marker("drill")
             if item.config.getoption("--drills"):
