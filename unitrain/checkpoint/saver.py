@@ -31,7 +31,7 @@ PATIENCE_SECONDS = 600.0
 FILE_BYTES = 128 << 20  # several files are written, and later read, at once
 
 _MAX_TENSORS_PER_FILE = 100_000  # keeps the header far below the format's limit
-_WRITING_THREADS = 2
+_WRITING_THREADS = 4
 _CLOSING_SECONDS = 5.0
 _FIRST_POLL_SECONDS, _LAST_POLL_SECONDS = 0.005, 1.0
 _NONCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}")
@@ -201,7 +201,7 @@ class Saver:
             contents[name] = [header, *self._arena.chunks(items[0].start, items[-1].stop)]
             for key, item in zip(keys, items, strict=True):
                 boxes.setdefault(item.tensor.identity, []).append(Box(name, key, item.offset, item.shape))
-        # While one file waits for the disk, another is copied.
+        # While some files wait for the disk, others are hashed and copied.
         with ThreadPoolExecutor(_WRITING_THREADS) as pool:
             files = dict(zip(contents, pool.map(folder.write, contents, contents.values()), strict=True))
         part = Part(
