@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from unitrain import registry
 from unitrain.errors import did_you_mean
 from unitrain.importers.accelerate import (
     PRECISIONS,
@@ -434,4 +435,5 @@ def _unknown_options(recipe: Recipe, known: Collection[str], shown: Collection[s
 
 def _under_mpi(recipe: Recipe) -> bool:
     """True where mpirun starts the ranks, or has started this one."""
-    return recipe.launcher.name == "mpi" or World.from_environment().starter in ("mpirun", "srun")
+    starters = registry.known("launchers", recipe.launcher.name).starter, World.from_environment().starter
+    return "mpirun" in starters or starters[1] == "srun"

@@ -34,7 +34,7 @@ class Entry:
     fork: bool = True  # False: the framework starts threads at import
     remote: bool = False  # its ranks have an environment of their own: what they need is not needed here
     child: bool = False  # its jobs end with whoever starts them, unless launcher.options.detached says otherwise
-    agent: bool = True  # its jobs run our agent, and so any launcher.options.entry
+    starter: str = "agent"  # what starts its ranks, as World.starter says; our agent runs any launcher.options.entry
 
     @property
     def installed(self) -> bool:
@@ -144,7 +144,7 @@ LAUNCHERS: Mapping[str, Entry] = MappingProxyType({
         path="unitrain.launchers.torchrun:Torchrun",
         summary="ranks under torch's elastic agent: one on this node, and yours to start on every other",
         child=True,
-        agent=False,
+        starter="torchrun",
     ),
     "ssh": Entry(
         path="unitrain.launchers.ssh:SSH",
@@ -152,7 +152,7 @@ LAUNCHERS: Mapping[str, Entry] = MappingProxyType({
         child=True,
     ),
     "mpi": Entry(
-        path="unitrain.launchers.mpi:MPI", summary="ranks under mpirun, one in each slot", child=True, agent=False
+        path="unitrain.launchers.mpi:MPI", summary="ranks under mpirun, one in each slot", child=True, starter="mpirun"
     ),
     "slurm": Entry(path="unitrain.launchers.slurm:Slurm", summary="a batch job of Slurm, requeued until it is done"),
     "kubernetes": Entry(

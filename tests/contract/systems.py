@@ -6,14 +6,15 @@ A launcher without that file is rendered and refused like all others, but starts
 
 from __future__ import annotations
 
-import importlib.util
-import os
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 import pytest
+
+from ..lab.machine import processes
 
 LAB = Path(__file__).resolve().parents[1] / "lab"
 
@@ -53,19 +54,6 @@ class System(Protocol):
         """What is left of a run's job on any node, each in a few words: processes, pods."""
 
 
-def processes(run_dir: Path) -> list[str]:
-    """Those of this machine whose command line names the run's folder."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes()
-        except OSError:
-            continue  # it has ended meanwhile
-        if str(run_dir).encode() in words and int(path.parent.name) != os.getpid():
-            found.append(f"{path.parent.name}: {words.decode(errors='replace')[:200]}")
-    return found
-
-
 class ThisMachine:
     """For launchers that need nothing but this machine."""
 
@@ -95,12 +83,7 @@ def system_of(launcher: str) -> System:
     """The launcher's system, not entered yet. Skips where there is none."""
     if launcher in ("local", "torchrun"):
         return ThisMachine(detaches=launcher == "local")
-    path = LAB / f"{launcher}_system.py"
-    if not path.exists():
-        pytest.skip(f"not run: no test can start what {launcher} needs (there is no tests/lab/{path.name})")
-    spec = importlib.util.spec_from_file_location(f"{launcher}_system", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: System = module.System()
+    if not (LAB / f"{launcher}_system.py").exists():
+        pytest.skip(f"not run: no test can start what {launcher} needs (there is no tests/lab/{launcher}_system.py)")
+    found: System = importlib.import_module(f"...lab.{launcher}_system", __name__).System()
     return found

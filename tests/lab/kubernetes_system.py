@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from .machine import processes, turn
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 LAB = Path(os.environ.get("UNITRAIN_LAB_K8S", "/var/lib/unitrain-k8s"))
-LOCK = Path(tempfile.gettempdir()) / "unitrain-k8s.lock"  # its ports and its bridge are there once
-TURN_SECONDS = 1200  # for another test run to be done with its own
 START_SECONDS = 400  # with the installation of the packages
 CANNOT = 77
 
@@ -34,7 +32,7 @@ class Lab:
     def __enter__(self) -> Lab:
         self._stack = contextlib.ExitStack()
         try:
-            self._stack.enter_context(_turn())
+            self._stack.enter_context(turn("Kubernetes"))
             self._stack.callback(_script, "k8s_down.sh", "--purge")
             up = _script("k8s_up.sh", *self.parts)
             said = up.stdout.strip().splitlines()
@@ -104,35 +102,6 @@ def _script(name: str, *words: str) -> subprocess.CompletedProcess[str]:
         )
         file.seek(0)
         return subprocess.CompletedProcess(done.args, done.returncode, file.read())
-
-
-@contextlib.contextmanager
-def _turn() -> Iterator[None]:
-    with LOCK.open("w") as file:
-        deadline = time.monotonic() + TURN_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    pytest.skip(f"not run: another test run has had this machine's Kubernetes for {TURN_SECONDS} s")
-                time.sleep(1)
-        yield
-
-
-def processes(run_dir: Path) -> list[str]:
-    """Those of any pod whose command line names the run's folder: this machine's kernel shows all."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes()
-        except OSError:
-            continue  # it has ended meanwhile
-        ours = f"{run_dir}\0".encode() in words or f"{run_dir}/".encode() in words
-        if ours and int(path.parent.name) != os.getpid():
-            found.append(f"{path.parent.name}: {words.decode(errors='replace')[:200]}")
-    return found
 
 
 class System:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,17 +10,13 @@ import pytest
 from unitrain.errors import UserError
 from unitrain.launchers._mpi_run import find_mpirun
 
-HERE = Path(__file__).resolve().parent
-_spec = importlib.util.spec_from_file_location("unitrain_lab_ssh_system", HERE / "ssh_system.py")
-assert _spec is not None and _spec.loader is not None
-_ssh = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_ssh)
+from . import ssh_system
 
 
-class System(_ssh.System):  # type: ignore[misc,name-defined]  # found by its path
+class System(ssh_system.System):
     """See `tests/contract/systems.py`."""
 
-    environ = {"PYTHONPATH": str(_ssh.ROOT)}
+    environ = {"PYTHONPATH": str(ssh_system.ROOT)}
 
     def __enter__(self) -> System:
         try:

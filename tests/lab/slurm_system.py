@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -11,15 +10,15 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from .machine import processes, turn
+
 HERE = Path(__file__).parent
-LOCK = Path(tempfile.gettempdir()) / "unitrain-slurm.lock"  # addresses and names on a machine are there once
-TURN_SECONDS = 1200  # for another test run to be done with its own
 START_SECONDS = 400  # with the installation of the packages
 
 
@@ -37,7 +36,7 @@ class Cluster:
             pytest.skip("not run: there is no slurmctld, and no apt-get to install it with")
         self._stack = contextlib.ExitStack()
         try:
-            self._stack.enter_context(_turn())
+            self._stack.enter_context(turn("Slurm"))
             self.folder = Path(tempfile.mkdtemp(prefix="unitrain-slurm-"))  # short: sockets lie in it
             self._stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
             self._up()
@@ -111,35 +110,6 @@ class Cluster:
             words = f"hostname {name} && exec slurmd -N {name}"
             subprocess.run([*enter, "bash", "-c", words], env={**os.environ, **self.environ}, check=True, timeout=30)
         self("scontrol", "update", f"nodename={name}", "state=resume", check=False)
-
-
-@contextlib.contextmanager
-def _turn() -> Iterator[None]:
-    with LOCK.open("w") as file:
-        deadline = time.monotonic() + TURN_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    pytest.skip(f"not run: another test run has had the Slurm of this machine for {TURN_SECONDS} s")
-                time.sleep(1)
-        yield
-
-
-def processes(run_dir: Path) -> list[str]:
-    """Those on any node whose command line names the run's folder."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes()
-        except OSError:
-            continue  # it has ended meanwhile
-        ours = f"{run_dir}\0".encode() in words or f"{run_dir}/".encode() in words
-        if ours and int(path.parent.name) != os.getpid():
-            found.append(f"{path.parent.name}: {words.decode(errors='replace')[:200]}")
-    return found
 
 
 class System:

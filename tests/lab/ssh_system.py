@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import pytest
+
+from .hosts import CannotRun, hosts
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -27,11 +27,10 @@ class System:
 
     def __enter__(self) -> System:
         self._stack = contextlib.ExitStack()
-        lab = beside("hosts")
         try:
             variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-            self.lab = self._stack.enter_context(lab.hosts(self.nodes, environ=variables))
-        except lab.CannotRun as error:
+            self.lab = self._stack.enter_context(hosts(self.nodes, environ=variables))
+        except CannotRun as error:
             pytest.skip(f"not run: {error}")
         return self
 
@@ -53,14 +52,3 @@ class System:
         """Processes of the run on the hosts, and here."""
         found = [f"{name}: {words}" for name in self.lab.names for words in self.lab.processes(name).values()]
         return [words for words in found if str(run_dir) in words or "unitrain" in words]
-
-
-def beside(name: str) -> ModuleType:
-    """The module of that name in this folder, which is no package."""
-    full = f"unitrain_lab_{name}"
-    if full not in sys.modules:
-        spec = importlib.util.spec_from_file_location(full, HERE / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        sys.modules[full] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[full]

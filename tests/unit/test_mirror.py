@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from unitrain.agent.mirror import Holder, Mirror, Order, Part, arrange, missing, newest_whole, only_authentic
+from unitrain.agent.mirror import Holder, Mirror, Order, Part, Unshared, arrange, missing, newest_whole, only_authentic
 from unitrain.checkpoint import CheckpointReader
 from unitrain.checkpoint.memory import MemoryFolder, Snapshots, whole_snapshots
 from unitrain.shared_memory import make_memory
@@ -119,7 +119,8 @@ def test_a_copy_that_has_changed_is_not_taken(nodes: list[Node]) -> None:
     for node in nodes:
         node.save(3)
     os.pwrite(nodes[1].fd, b"\xff", place_of(1, 0) + PAGE + 17)
-    assert arranged(nodes) == ""
+    with pytest.raises(Unshared, match="could not get all of the snapshot of step 3"):
+        arranged(nodes)
     assert [part.region for part in nodes[0].mirror.parts()] == [0]
 
 
@@ -127,9 +128,11 @@ def test_a_node_that_is_gone_or_knows_another_key_leaves_the_disk(nodes: list[No
     for node in nodes:
         node.save(3)
     stranger = Node(1, b"s" * 64)
-    assert arrange(nodes[0].mirror, [nodes[0].address, stranger.address], KEY, after=0) == ""
+    with pytest.raises(Unshared, match="cannot be had"):
+        arrange(nodes[0].mirror, [nodes[0].address, stranger.address], KEY, after=0)
     stranger.close()
-    assert arrange(nodes[0].mirror, [nodes[0].address, stranger.address], KEY, after=0) == ""
+    with pytest.raises(Unshared, match="cannot be had"):
+        arrange(nodes[0].mirror, [nodes[0].address, stranger.address], KEY, after=0)
 
 
 def test_more_than_there_is_memory_for_is_not_fetched(nodes: list[Node]) -> None:

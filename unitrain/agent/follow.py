@@ -118,7 +118,7 @@ class Follower:
         if outcome.deserted:
             self._said.insert(0, {"kind": "lost"})
         else:
-            self._team.tell(kind="ended", **outcome.sent)
+            self._team.tell(kind="ended", **outcome.sent, has_snapshots=self._team.has_snapshots)
 
     def _refused(self, refusal: CannotFork) -> None:
         append_event(self.run_dir, "fork_refused", node=self._team.node, error=str(refusal))

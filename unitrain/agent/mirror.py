@@ -30,6 +30,10 @@ _UNFINISHED = HEADER.pack(MAGIC, 1, 0, 0, 0, 0)
 Address = tuple[str, int]
 
 
+class Unshared(Exception):
+    """There are snapshots, and not every node can have what it needs of them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """One rank's snapshot, wherever it lies."""
@@ -228,7 +232,7 @@ def arrange(mirror: Mirror, addresses: Sequence[Address], key: bytes, *, after: 
     """Have every node hold the newest snapshot that is whole over all of them, if it is of a later step than `after`.
 
     `addresses` are those of all mirrors, this one first. Returns the snapshot's name (`memory:<step>:<nonce>`), or
-    nothing where there is none or a node could not get all of it.
+    nothing where no snapshot is whole. Raises Unshared where a node cannot get all of it.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -247,9 +251,11 @@ def arrange(mirror: Mirror, addresses: Sequence[Address], key: bytes, *, after: 
             for channel, wanted in zip(channels, orders[1:], strict=True):
                 channel.send({"kind": "fetch", "orders": [vars(order) for order in wanted]})
             came = [mirror.fetch(orders[0]), *(_after_beats(channel).get("fetched") is True for channel in channels)]
-        except (ChannelEnded, OSError, KeyError, TypeError):
-            return ""  # a node is gone, or cannot be reached: the attempt goes on from the disk
-    return f"memory:{chosen[0]}:{chosen[1]}" if all(came) else ""
+        except (ChannelEnded, OSError, KeyError, TypeError) as error:
+            raise Unshared(f"the snapshots of a node cannot be had: {error}") from error
+    if not all(came):
+        raise Unshared(f"a node could not get all of the snapshot of step {chosen[0]}")
+    return f"memory:{chosen[0]}:{chosen[1]}"
 
 
 class Holder(NamedTuple):

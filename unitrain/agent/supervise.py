@@ -28,6 +28,7 @@ from .starters import CannotFork, FirstSafe, Starter
 from .team import Alone
 
 _PATIENCE_SECONDS, _REMINDER_SECONDS = 5.0, 60.0  # until it is said for whom a run waits, and until it is said again
+_LOOK_SECONDS = 0.2  # between two looks for a stop signal, while nodes are missing
 
 
 class Agent:
@@ -91,7 +92,7 @@ class Agent:
     def _gather(self, seconds: float) -> int | str | None:
         """Wait for the other nodes; what ends the run instead: a stop signal, or that too few are here."""
         deadline, told_at = time.monotonic() + seconds, time.monotonic() + _PATIENCE_SECONDS
-        while missing := self._team.gather(min(_PATIENCE_SECONDS, max(deadline - time.monotonic(), 0))):
+        while missing := self._team.gather(min(_LOOK_SECONDS, max(deadline - time.monotonic(), 0))):
             if (number := self._asked_to_stop(0)) is not None:
                 return number
             names = f"node{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"

@@ -21,8 +21,9 @@ from .. import __version__
 from ..errors import UserError
 from ..world import LOOPBACK
 from .job import AgentJob
-from .mirror import Address, Mirror, arrange
+from .mirror import Address, Mirror, Unshared, arrange
 from .records import hostname
+from .screen import say
 from .wire import Channel, ChannelEnded, admit, approach, listen
 
 BEAT_SECONDS, SILENT_SECONDS = 1.0, 15.0
@@ -116,6 +117,7 @@ class _Line:
     """One connection after its hello, read by a thread of its own."""
 
     mirror_port = 0  # of the other side
+    has_snapshots = False  # in its memory, when it last said so
 
     def __init__(self, node: int, host: str, channel: Channel, inbox: _Inbox, lost: Callable[[_Line, str], None]):
         self.node, self.host, self.channel = node, host, channel
@@ -205,7 +207,7 @@ class Leader(Alone):
         lines = [self._lines.get(node) for node in self._taking_part]
         mirrors: list[Address] = [(self._host, self._mirror.port)]
         mirrors += [(line.peer, line.mirror_port) for line in lines if line is not None]
-        snapshot = arrange(self._mirror, mirrors, self._key, after=0) if all(lines) else ""
+        snapshot = self._arrange(mirrors) if all(lines) else ""
         nodes = len(self._taking_part) + 1
         self._mirror.send_on(range(self.job.nproc), mirrors[1] if len(mirrors) > 1 else None)
         for index, (node, line) in enumerate(zip(self._taking_part, lines, strict=True), start=1):
@@ -216,6 +218,17 @@ class Leader(Alone):
             place = {"index": index, "nodes": nodes, "host": self._host, "snapshot": snapshot}
             line.send({"kind": "start", **place, **facts, "mirror": following})
         return snapshot
+
+    def _arrange(self, mirrors: Sequence[Address]) -> str:
+        """Share the newest snapshot, where anybody holds one."""
+        self._mirror.settle()
+        if not self._mirror.parts() and not any(line.has_snapshots for line in self._lines.values()):
+            return ""
+        try:
+            return arrange(self._mirror, mirrors, self._key, after=0)
+        except Unshared as trouble:
+            say(f"note: the ranks go on from the disk: {trouble}")
+            return ""
 
     def news(self) -> list[dict[str, Any]]:
         """See Alone; `joined` is kept back, because only the next attempt can use it."""
@@ -230,6 +243,8 @@ class Leader(Alone):
                 self._waiting.discard(node)
                 if kind == "ended":
                     self.ended[node] = message
+                    if (line := self._lines.get(node)) is not None:
+                        line.has_snapshots = message["has_snapshots"]
                     continue
                 message["first_rank"] = (1 + self._taking_part.index(node)) * self.job.nproc
             news.append(message)
@@ -278,7 +293,7 @@ class Leader(Alone):
                     return
                 channel.send({"kind": "welcome"})
                 line = _Line(node, host, channel, self._inbox, self._gone)
-                line.mirror_port = int(hello["mirror"])
+                line.mirror_port, line.has_snapshots = int(hello["mirror"]), bool(hello["has_snapshots"])
                 self._lines[node] = line
             self._inbox.put({"kind": "joined", "node": node})
         except (ChannelEnded, OSError):
@@ -337,6 +352,12 @@ class Member(Alone):
         """See Alone."""
         self._mirror = Mirror(fd, self.job.nodes * self.job.nproc, self._key)
 
+    @property
+    def has_snapshots(self) -> bool:
+        """True when this node's memory holds any."""
+        self._mirror.settle()
+        return bool(self._mirror.parts())
+
     def send_on(self, first_rank: int, to: Sequence[Any] | None) -> None:
         """Send the snapshots of this node's ranks to the mirror at that host and port."""
         own = range(first_rank, first_rank + self.job.nproc)
@@ -367,7 +388,8 @@ class Member(Alone):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             channel = approach(connection, self._key)
-            channel.send({**_facts(self.job), "node": self.node, "host": hostname(), "mirror": self._mirror.port})
+            place = {"node": self.node, "host": hostname(), "mirror": self._mirror.port}
+            channel.send({**_facts(self.job), **place, "has_snapshots": self.has_snapshots})
             answer = channel.receive()
         except ChannelEnded as error:
             connection.close()

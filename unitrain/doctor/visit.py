@@ -60,7 +60,7 @@ def visit(recipe: Recipe, run_dir: Path | None, *, patience_seconds: float, say:
 
 def recipe_for(launcher: LauncherRecipe) -> Recipe:
     """The doctor's own job on the nodes of a launcher. Raises UserError for one that runs no agent of ours."""
-    if not known("launchers", launcher.name).agent:
+    if known("launchers", launcher.name).starter != "agent":
         raise UserError(f"launcher {launcher.name!r} starts an agent that is not ours; use --launcher local or ssh")
     nproc = launcher.nproc if launcher.nodes > 1 else max(launcher.nproc, FEWEST_RANKS)
     options = {**launcher.options, "entry": ENTRY}
