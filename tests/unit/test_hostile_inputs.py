@@ -27,9 +27,9 @@ import numpy as np
 import pytest
 
 from unitrain.agent import local_job, records
-from unitrain.agent.attempt import Rank
 from unitrain.agent.job import FILE, read_job
 from unitrain.agent.rank import RankStart
+from unitrain.agent.watched import Rank
 from unitrain.checkpoint import CheckpointReader, Saver, list_checkpoints, open_newest, take_over
 from unitrain.checkpoint.strict import seal, unseal
 from unitrain.cli.runs import state_of, summary
