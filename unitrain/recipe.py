@@ -184,7 +184,7 @@ class CheckpointRecipe:
     asynchronous: bool = key(True, "write behind the training; the step waits only for a copy", name="async")
     memory_every: int | None = key(
         None,
-        "steps between snapshots in memory that outlive a killed rank, with any launcher but `torchrun`; null: none",
+        "steps between snapshots in memory that outlive a killed rank; not with `torchrun` and `mpi`; null: none",
     )
     path: str | None = key(None, "any fsspec URL; null: `checkpoints` in the run's folder")
 

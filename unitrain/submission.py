@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import registry
-from .agent.local_job import STATE
+from .agent.local_job import STATE, start_job
 from .agent.records import read_record
 from .errors import UserError
 from .launcher import Job, JobStatus, Launcher, Rendered
@@ -78,17 +79,26 @@ def submit(submission: Submission) -> str:
     if submission.code is not None:
         facts["code"] = take(submission.code, run.folder)["sha256"]
     job_id = submission.launcher.submit(job, submission.rendered)
-    run.event(
-        "launch",
-        launcher=recipe.launcher.name,
-        job_id=job_id,
-        strategy=recipe.strategy.name,
-        nodes=job.nodes,
-        nproc=job.nproc,
-        cwd=str(Path.cwd()),
-        **facts,
-    )
+    _say_launched(run, recipe, job_id, cwd=str(Path.cwd()), **facts)
     return job_id
+
+
+def start_beside(run: Run, recipe: Recipe) -> subprocess.Popen[bytes]:
+    """Start the job of a recipe of launcher `local`, away from our terminal; for commands that compare runs.
+
+    The agent's command line is not told to go on alone: it ends when we do.
+    """
+    submission = prepare(run, recipe, None)
+    (run.folder / "logs").mkdir(exist_ok=True)
+    process = start_job(submission.job, submission.rendered, recipe.launcher.name, detached=True)
+    _say_launched(run, recipe, str(process.pid))
+    return process
+
+
+def _say_launched(run: Run, recipe: Recipe, job_id: str, **facts: Any) -> None:
+    shape = recipe.launcher
+    names = {"launcher": shape.name, "job_id": job_id, "strategy": recipe.strategy.name}
+    run.event("launch", **names, nodes=shape.nodes, nproc=shape.nproc, **facts)
 
 
 @dataclass(frozen=True)

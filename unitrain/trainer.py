@@ -761,7 +761,7 @@ class Trainer:
     # What a person sees.
 
     def _log(self, out: StepOut) -> None:
-        """One line of metrics. The only place in the loop that waits for the device."""
+        """One line of metrics. The loop waits for the device here and in `_judge`, and in no step between them."""
         values = out.read()
         elapsed = time.monotonic() - self._began
         cursor, before = self.cursor, self._began_at

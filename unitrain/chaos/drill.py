@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import registry
-from ..agent.local_job import start_job
 from ..agent.records import EXIT, read_record
 from ..errors import ExitCode, UnitrainError
-from ..launcher import Job, Launcher
 from ..recipe import Recipe
 from ..run import Run
+from ..submission import start_beside
 from .disk import Disk
 from .faults import Fault, FullDisk
 from .plan import Plan
@@ -222,27 +220,7 @@ def disk_for(plan: Plan, reference: Run, folder: Path) -> Disk | None:
 @contextlib.contextmanager
 def started(run: Run, recipe: Recipe) -> Iterator[subprocess.Popen[bytes]]:
     """A job of the run by our own agent, away from our terminal; it ends with us."""
-    entry = registry.entry("strategies", recipe.strategy.name)
-    job = Job(
-        run_id=run.id,
-        run_dir=run.folder,
-        nodes=1,
-        nproc=recipe.launcher.nproc,
-        preload=entry.preload,
-        fork=entry.fork,
-        recovery=recipe.recovery,
-    )
-    launcher: Launcher = registry.load("launchers", "local")()
-    (run.folder / "logs").mkdir(exist_ok=True)
-    process = start_job(job, launcher.render(job), "local", detached=True)
-    run.event(
-        "launch",
-        launcher="local",
-        job_id=str(process.pid),
-        strategy=recipe.strategy.name,
-        nodes=1,
-        nproc=recipe.launcher.nproc,
-    )
+    process = start_beside(run, recipe)
     try:
         yield process
     finally:

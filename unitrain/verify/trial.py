@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import registry
-from ..agent.local_job import start_job, wait_for
+from ..agent.local_job import wait_for
 from ..agent.records import EXIT, read_record
 from ..checkpoint import newest
 from ..errors import ExitCode, UnitrainError
-from ..launcher import Job, Launcher
 from ..run import Run
+from ..submission import start_beside
 from .plan import Trial
 
 
@@ -41,20 +40,7 @@ class Outcome:
 def run_trial(trial: Trial, root: Path) -> Outcome:
     """Train in `root`/<strategy>, where everything that the ranks print lies too. Raises Interrupted."""
     run = Run.create(root / trial.folder, trial.recipe)
-    entry = registry.entry("strategies", trial.strategy)
-    job = Job(
-        run_id=run.id,
-        run_dir=run.folder,
-        nodes=1,
-        nproc=trial.ranks,
-        preload=entry.preload,
-        fork=entry.fork,
-    )
-    launcher: Launcher = registry.load("launchers", "local")()
-    (run.folder / "logs").mkdir(exist_ok=True)
-    # Away from our terminal, but the agent's command line is not told so: it ends when we do.
-    process = start_job(job, launcher.render(job), "local", detached=True)
-    run.event("launch", launcher="local", job_id=str(process.pid), strategy=trial.strategy, nodes=1, nproc=trial.ranks)
+    process = start_beside(run, trial.recipe)
     code, caught = wait_for(process)
     if caught is not None:
         raise Interrupted(caught)
