@@ -165,7 +165,10 @@ def _newest(ids: list[str]) -> str:
 
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:
-    """One line by one write. A line that a full disk tore before is closed first, and lost alone."""
+    """One line by one write. A line that a full disk tore before is closed first, and lost alone.
+
+    What looks torn may be another process's line on its way: an empty line follows it then, which no reader minds.
+    """
     line = json.dumps(_json(record), allow_nan=False).encode() + b"\n"
     try:
         file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -66,6 +66,12 @@ class Slow(Witness):
     seconds = 0.01
 
 
+class Slower(Witness):
+    """Slow enough for another process to keep pace with it on a machine that is busy."""
+
+    seconds = 0.1
+
+
 class Own(Rows):
     """Rows with an optimizer of torch's own."""
 
