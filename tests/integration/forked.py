@@ -39,6 +39,12 @@ class Shape(NamedTuple):
     def __str__(self) -> str:
         return f"{self.strategy}-{self.ranks}"
 
+    @classmethod
+    def of(cls, text: str) -> Shape:
+        """The shape that is written so."""
+        strategy, _, ranks = text.rpartition("-")
+        return cls(strategy, int(ranks))
+
 
 Found = dict[Shape, list[Any] | str]  # what the ranks of a shape found, or how they failed
 

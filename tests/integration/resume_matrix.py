@@ -22,6 +22,7 @@ from unitrain.testing.toy import ToySource, initial_value
 from unitrain.world import World
 
 SEED, OTHER_SEED, GLOBAL_BATCH, MICRO_BATCH = 5, 6, 11, 4
+MOST_RANKS = 3
 SAVED, MORE = 20, 10  # steps before the checkpoint, and after it
 OPTIMIZER = OptimizerRecipe(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, clip=0.5)
 
@@ -37,8 +38,19 @@ def recipe_of(shape: Shape) -> Recipe:
     )
 
 
+def chosen(source: Shape, shape: Shape) -> bool:
+    """Whether a shape goes on with the checkpoint of another where not all pairs are tried.
+
+    Of every strategy that with the next number of ranks, and its own, which must go on to the bit.
+    """
+    return source == shape or source.ranks == shape.ranks % MOST_RANKS + 1 or source.strategy == "single"
+
+
 def run_shapes(folder: Path, act: str, shapes: list[Shape]) -> Found:
-    """Let each shape "write" its checkpoint, or "resume" all of them: what its ranks found, or how they failed."""
+    """Let each shape "write" its checkpoint, "resume" those chosen for it, or "resume all": what its ranks found.
+
+    In place of that, how they failed.
+    """
     return run_forked("resume_matrix:part", folder, act, shapes)
 
 
@@ -48,7 +60,7 @@ def part(folder: Path, act: str, shape: Shape) -> dict[str, Any]:
     strategy: Strategy = registry.load("strategies", shape.strategy)(recipe)
     strategy.open(World.from_environment())
     player = _Rank(strategy, World.from_environment(), recipe)
-    found = player.write(folder / str(shape)) if act == "write" else player.resume(folder)
+    found = player.write(folder / str(shape)) if act == "write" else player.resume(folder, shape, act == "resume all")
     strategy.barrier()
     strategy.close()
     return found
@@ -95,10 +107,12 @@ class _Rank:
         self.feed.close()
         return {"losses": losses}
 
-    def resume(self, folder: Path) -> dict[str, Any]:
-        """Load every checkpoint in turn, look at what the engine then holds, and go on."""
+    def resume(self, folder: Path, shape: Shape, everything: bool) -> dict[str, Any]:
+        """Load one checkpoint after another, look at what the engine then holds, and go on."""
         found = {}
         for name, reader in _checkpoints(folder):
+            if not (everything or chosen(Shape.of(name), shape)):
+                continue
             engine = self.strategy.bind(self.role, OTHER_SEED)
             engine.load(reader.role("model")).require_all(reader.folder)
             changed, held = self._compare(engine, reader)
