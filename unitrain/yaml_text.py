@@ -198,7 +198,7 @@ def _kind(node: Any) -> str:
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # yaml has no types
-    """Lists on one line, no aliases, and quotes around words that OmegaConf would read as numbers."""
+    """Lists on one line, no aliases, and quotes around words that a reader would take for something else."""
 
     def ignore_aliases(self, data: Any) -> bool:
         """Write everything out."""
@@ -207,6 +207,8 @@ class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # yaml has no types
 
 def _represent_text(dumper: Any, text: str) -> Any:
     style = "'" if text[:1] in tuple("+-.0123456789") and text.isprintable() else None
+    if "\x85" in text:  # a line break, which single quotes would turn into a space
+        style = '"'
     return dumper.represent_scalar(f"{_TAG}str", text, style=style)
 
 

@@ -462,6 +462,7 @@ def test_any_plain_value_survives_writing_and_reading(value, lr):
 ODD_WORDS = [
     "1e3", "1e-4", "yes", "null", "~", "0x10", "1_000", ".inf", "-.5", "2:00:00", "010", "+1", "1.", "nan", "???",
     "", " a", "a: b", "#", "- a", "é\n1e3", "1e3\n", "a\tb", "\x7f",
+    "\x85", "a\x85b", "0\x85\n", "\u2028", "a\u2029 b", "\ufeffx",
 ]  # fmt: skip
 
 
