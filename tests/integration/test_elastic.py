@@ -100,24 +100,27 @@ def test_torchrun_goes_on_with_one_node_of_two_and_with_both_again(folder: Path)
         nodes.append(subprocess.Popen(argv, env=environ, stdout=output, stderr=output, start_new_session=True))
         return nodes[-1]
 
-    def until(ranks: int, attempts: int) -> None:
-        deadline, come = time.monotonic() + 120, 0
-        while len(events(run, "start")) < attempts or come < events(run, "start")[-1]["step"] + 5:
+    def until(ranks: int, after: int = 0) -> int:
+        """A later start than that many has so many ranks, and gets on; how many starts there were."""
+        deadline = time.monotonic() + 120
+        while True:
+            starts, records = events(run, "start"), metrics(run)
+            there = len(starts) > after and starts[-1]["world_size"] == ranks
+            if there and records and records[-1]["step"] >= starts[-1]["step"] + 5:
+                return len(starts)
             assert time.monotonic() < deadline, (folder / "nodes.log").read_text()[-3000:]
             time.sleep(0.05)
-            come = metrics(run)[-1]["step"] if metrics(run) else 0
-        assert events(run, "start")[-1]["world_size"] == ranks
 
     with (folder / "nodes.log").open("ab") as output:
         try:
             join()
             until_listening(port)  # the rendezvous is where the first one is, and it must not be the one that is lost
             lost = join()
-            until(2, attempts=1)
+            both = until(2)
             os.killpg(lost.pid, signal.SIGKILL)
-            until(1, attempts=2)
+            one = until(1, after=both)
             join()
-            until(2, attempts=3)
+            until(2, after=one)
         finally:
             for node in nodes:
                 with contextlib.suppress(ProcessLookupError):
@@ -125,7 +128,7 @@ def test_torchrun_goes_on_with_one_node_of_two_and_with_both_again(folder: Path)
                 node.wait()
     begins = [event["step"] for event in events(run, "start")]
     left = [event["step"] for event in events(run, "preempt")]
-    assert begins[2] == left[0], "who joins costs no step"
+    assert begins[-1] == left[-1], "who joins costs no step"
     assert [record["step"] for record in metrics(run)] == list(range(1, len(metrics(run)) + 1))
     whole = curve(ROWS, folder / "steady", "single-1", *SLOW, "train.steps=60", STEADY)
     assert difference(losses(run)[:60], whole) < 1e-5
