@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +20,29 @@ class MicroBatch:
     filler: bool = False  # a row that belongs to nobody, to meet the other ranks: its weight is 0
 
 
+class Origin(NamedTuple):
+    """Where the rows of a batch come from, for ranks that fetch their own."""
+
+    source: Any  # a Source: its fetch(ids) gives the rows
+    key: tuple[int, ...]  # with the place of a micro-batch's first row it makes that one's key
+
+
 class Batch:
-    """One global batch. Engines whose ranks live elsewhere use `ids`; the others use `micro()`."""
+    """One global batch. Engines whose ranks live elsewhere use `ids` and `origin`; the others use `micro()`."""
 
     def __init__(
-        self, step: int, ids: NDArray[np.int64], load: Callable[[], Sequence[MicroBatch]], *, tokens: int = 0
+        self,
+        step: int,
+        ids: NDArray[np.int64],
+        load: Callable[[], Sequence[MicroBatch]],
+        *,
+        tokens: int = 0,
+        origin: Origin | None = None,
     ) -> None:
         self.step = step
         self.ids = ids  # of the whole global batch, shape (global_batch,), int64
         self.tokens = tokens  # of the whole global batch, as the source counts them
+        self.origin = origin  # None: rows made by hand, which only `micro` knows
         self._load = load
         self._micro: Sequence[MicroBatch] | None = None
 

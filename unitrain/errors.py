@@ -20,6 +20,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from enum import IntEnum
+from typing import Any
 
 MOST_LETTERS = 4000  # of a message
 
@@ -44,6 +45,17 @@ class UnitrainError(Exception):
         # What was found may be megabytes of a file: they are not printed.
         cut = f"... ({len(message)} letters)" if len(message) > MOST_LETTERS else ""
         super().__init__(message[:MOST_LETTERS] + cut)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process: the message as it is, whatever the class makes its own from."""
+        return _as_it_was, (type(self), self.args, self.__dict__)
+
+
+def _as_it_was(kind: type[UnitrainError], args: tuple[Any, ...], facts: dict[str, Any]) -> UnitrainError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(facts)
+    return error
 
 
 class UserError(UnitrainError):

@@ -257,6 +257,7 @@ class Recipe:
     checkpoint: CheckpointRecipe = section(CheckpointRecipe, "when to save, and what to keep")
     recovery: RecoveryRecipe = section(RecoveryRecipe, "what happens when ranks die or hang")
     guard: GuardRecipe = section(GuardRecipe, "what happens when training itself goes wrong")
+    rl: Mapping[str, Any] = mapping("keys of the trainers of unitrain.rl, which check them; see docs/rl.md")
 
     def __post_init__(self) -> None:
         # A run id becomes folder, job and pod names: letters, digits, dot, dash and underscore only.

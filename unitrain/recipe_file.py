@@ -84,6 +84,10 @@ def check(recipe: Recipe, *, with_strategy: bool = False, installed: bool = True
             f"use at most {recipe.train.global_batch} ranks or a larger train.global_batch"
         )
     _check_module(recipe.trainer)
+    if recipe.rl:
+        from .rl.recipe import check_rl  # for the few recipes that have it
+
+        check_rl(recipe)
     problems: list[Problem] = launcher.problems(recipe)
     if strategy.problems:
         problems += registry.resolve(strategy.problems)(recipe, cluster)

@@ -29,6 +29,11 @@ def kept_environment(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def speaks_of_secrets(name: str) -> bool:
+    """True for the name of a variable whose value nobody else may see."""
+    return _SECRET.search(name) is not None
+
+
 def redacted(text: str, environ: Mapping[str, str]) -> str:
     """The text without the values of secret variables, of settings with such names, and without users in URLs."""
     values = [(value, name) for name, value in environ.items() if _SECRET.search(name) and len(value) >= _LEAST_LETTERS]

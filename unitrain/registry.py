@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .errors import MissingExtra, UnknownName, UserError
+from .recipe import StrategyRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class Entry:
     fork: bool = True  # False: the framework starts threads at import
     remote: bool = False  # its ranks have an environment of their own: what they need is not needed here
     child: bool = False  # its jobs end with whoever starts them, unless launcher.options.detached says otherwise
+    inner: str = ""  # its ranks are actors of one controller, which run this strategy unless options.inner names one
     starter: str = "agent"  # what starts its ranks, as World.starter says; our agent runs any launcher.options.entry
 
     @property
@@ -134,6 +136,16 @@ STRATEGIES: Mapping[str, Entry] = MappingProxyType({
         before="unitrain.strategies._tensorflow_environment",
         preload=("unitrain.strategies.tensorflow", "unitrain.trainer", "unitrain.worker"),
     ),
+    "ray": Entry(
+        path="unitrain.strategies.ray:Ray",
+        summary="Ray: the ranks of another strategy are actors, and the Trainer runs in their controller",
+        requires="ray",
+        package="Ray",
+        extra="ray",
+        problems="unitrain.strategies._ray_refusals:ray",
+        preload=("unitrain.trainer", "unitrain.worker"),
+        inner="ddp",
+    ),
 })  # fmt: skip
 
 LAUNCHERS: Mapping[str, Entry] = MappingProxyType({
@@ -155,6 +167,14 @@ LAUNCHERS: Mapping[str, Entry] = MappingProxyType({
         path="unitrain.launchers.mpi:MPI", summary="ranks under mpirun, one in each slot", child=True, starter="mpirun"
     ),
     "slurm": Entry(path="unitrain.launchers.slurm:Slurm", summary="a batch job of Slurm, requeued until it is done"),
+    "ray": Entry(
+        path="unitrain.launchers.ray:Ray",
+        summary="nodes of a Ray cluster by its Jobs API, or a private Ray on this machine",
+        requires="ray",
+        package="Ray",
+        extra="ray",
+        child=True,
+    ),
     "kubernetes": Entry(
         path="unitrain.launchers.kubernetes:Kubernetes",
         summary="pods of Kubernetes: TrainJob, JobSet, Indexed Job, or a Job for each node",
@@ -202,6 +222,10 @@ SOURCES: Mapping[str, Entry] = MappingProxyType({
         package="datasets",
         extra="hf",
     ),
+    "records": Entry(
+        path="unitrain.data.records:RecordsData",
+        summary="prompts with completions, preferences or what a reward needs: JSON lines, or a function of yours",
+    ),
 })  # fmt: skip
 
 
@@ -243,6 +267,25 @@ def known(group: str, name: str) -> Entry:
     if name not in there:
         raise UnknownName(_SINGULAR[group], name, there)
     return there[name]
+
+
+def inner(strategy: StrategyRecipe) -> StrategyRecipe:
+    """What the ranks themselves run: the strategy as it is, or the inner one where they are a controller's actors.
+
+    Raises UnknownName where the inner one is none.
+    """
+    found = known("strategies", strategy.name)
+    if not found.inner:
+        return strategy
+    name = str(strategy.options.get("inner") or found.inner)
+    known("strategies", name)
+    options = strategy.options.get("inner_options") or {}
+    return StrategyRecipe(name=name, options=options if isinstance(options, Mapping) else {})
+
+
+def framework_of(strategy: StrategyRecipe) -> str:
+    """The framework that its ranks run on; empty where only a third party's class knows."""
+    return known("strategies", inner(strategy).name).framework
 
 
 def prepare(strategy: str) -> None:

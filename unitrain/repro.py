@@ -122,7 +122,7 @@ def _trainer(capsule: dict[str, Any], folder: Path, strategy: str, scratch: Path
         ["launcher={name: local, nproc: 1}", "checkpoint.path=null", "checkpoint.memory_every=null"],
         strategy=strategy,
     )
-    settle_keras(registry.entry("strategies", recipe.strategy.name).framework)
+    settle_keras(registry.framework_of(recipe.strategy))
     registry.prepare(recipe.strategy.name)
     return resolve_trainer(recipe.trainer, beside=run_dir)(recipe, run_dir=scratch / "run", world=World())
 

@@ -61,6 +61,7 @@ class Role:
     # (canonical name, shape, seed) -> fp32 values; with it a model is born sharded, without it `model` initialises
     initial: Callable[[str, tuple[int, ...], int], NDArray[np.float32]] | None = None
     strategy: str | None = None  # None: the recipe's
+    name: str = ""  # its key in Trainer.roles(), which the Trainer fills in
     # "trainable": checkpoints leave out frozen parameters, which `initial` gives again when a run is resumed
     checkpoint: Literal["all", "trainable"] = "all"
 
@@ -159,15 +160,28 @@ class Cluster:
         return self.nodes * self.nproc
 
 
+class Report(Protocol):
+    """Tells people, and the run's record, of what a strategy has done by itself."""
+
+    def __call__(self, event: str, line: str, **facts: Any) -> None:
+        """`event` and its facts are for events.jsonl, the line is for people."""
+
+
+def _print_line(event: str, line: str, **facts: Any) -> None:
+    print(line, flush=True)
+
+
 class Strategy(ABC):
     """A backend. Entry-point group `unitrain.strategies`; the constructor takes the recipe."""
 
     name: ClassVar[str]
     framework: ClassVar[str]  # "torch" | "jax" | "tensorflow"
     even: ClassVar[bool] = False  # True: all ranks run one program, on micro-batches of the same sizes
+    elsewhere: ClassVar[bool] = False  # True: its ranks are other processes than the Trainer's, and load their own rows
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self.report: Report = _print_line  # whoever runs it puts in what keeps a record
 
     @classmethod
     @abstractmethod
@@ -189,6 +203,10 @@ class Strategy(ABC):
     def data_share(self, world: World) -> tuple[int, int]:
         """(index, number): which share of each batch this rank loads, and of how many. Known before `open`."""
         return world.rank, world.size
+
+    def num_ranks(self, world: World) -> int:
+        """How many ranks share the work. Known before `open`."""
+        return world.size
 
     @abstractmethod
     def share(self, text: str) -> str:

@@ -51,19 +51,27 @@ def prepare(run: Run, recipe: Recipe, code: Survey | None) -> Submission:
 
 
 def job_of(run: Run, recipe: Recipe) -> Job:
-    """The job that a recipe asks for."""
+    """The job that a recipe asks for; a controller is one process, and finds places for its ranks by itself."""
     entry = registry.known("strategies", recipe.strategy.name)
     return Job(
         run_id=run.id,
         run_dir=run.folder,
-        nodes=recipe.launcher.nodes,
-        nproc=recipe.launcher.nproc,
+        nodes=1 if entry.inner else recipe.launcher.nodes,
+        nproc=1 if entry.inner else recipe.launcher.nproc,
         recipe=to_yaml(recipe),
         options=recipe.launcher.options,
         preload=entry.preload,
         fork=entry.fork,
         recovery=recipe.recovery,
     )
+
+
+def num_ranks(recipe: Recipe) -> int:
+    """How many ranks a recipe asks for, whoever starts them."""
+    asked = recipe.launcher.nodes * recipe.launcher.nproc
+    if registry.known("strategies", recipe.strategy.name).inner:
+        return int(recipe.strategy.options.get("actors") or asked)
+    return asked
 
 
 def launcher_named(name: str) -> Launcher:

@@ -7,16 +7,17 @@ no backend: an engine does the work of a step, and everything else is a function
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import secrets
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Self, final
 
 from . import registry
 from .batch import Batch
@@ -79,9 +80,40 @@ class Trainer:
     # (canonical name, shape, seed) -> fp32 values; see Role.initial
     initial: Any = None
 
-    def __init__(self, recipe: Recipe, *, run_dir: Path | str | None = None, world: World | None = None) -> None:
+    token: str  # tells this Trainer from others, in whatever process
+    _made_from: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Keep what it is made from: where ranks are other processes, each makes its own."""
+        trainer = super().__new__(cls)
+        trainer._made_from = (args, kwargs)
+        trainer.token = secrets.token_hex(8)
+        return trainer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it is made anew, for the strategy that runs there: one for all that come of this one."""
+        strategy = registry.inner(self.recipe.strategy)
+
+        def there(value: Any) -> Any:
+            return value.replace(strategy=strategy) if isinstance(value, Recipe) else value
+
+        args, kwargs = self._made_from
+        kept = {name: there(value) for name, value in kwargs.items() if name not in ("world", "strategy")}
+        return _twin, (self.token, type(self), [there(value) for value in args], kept)
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        strategy: str | None = None,
+        run_dir: Path | str | None = None,
+        world: World | None = None,
+    ) -> None:
+        if strategy is not None and strategy != recipe.strategy.name:
+            recipe = recipe.replace(strategy=StrategyRecipe(name=strategy))  # options are one strategy's own
         self.recipe = recipe
-        settle_keras(registry.entry("strategies", recipe.strategy.name).framework)  # which build_model may import
+        registry.entry("strategies", recipe.strategy.name)  # what it needs is installed
+        settle_keras(registry.framework_of(recipe.strategy))  # which build_model may import
         self.world = world or World.from_environment()
         self.cursor = Cursor()
         self.engines: dict[str, Engine] = {}
@@ -119,7 +151,8 @@ class Trainer:
     @functools.cached_property
     def framework(self) -> str:
         """The framework of the recipe's strategy: torch, jax or tensorflow."""
-        framework: str = registry.load("strategies", self.recipe.strategy.name).framework
+        strategy = registry.inner(self.recipe.strategy)
+        framework: str = registry.load("strategies", strategy.name).framework
         return framework
 
     # What research code overrides.
@@ -256,6 +289,7 @@ class Trainer:
         world, recipe = self.world, self.recipe
         roles = self.roles()
         self._check(roles)
+        roles = {name: dataclasses.replace(role, name=name) for name, role in roles.items()}
         self._exit_code = ExitCode.DONE
         with contextlib.ExitStack() as stack:
             self._signals = stack.enter_context(StopSignals())
@@ -268,6 +302,9 @@ class Trainer:
                 self._feed("eval", stack) if recipe.train.eval_every != 0 else (None, None)
             )
             assert self.run is not None and feed is not None, "opened above"
+            self._unsaved = {
+                name for name, role in roles.items() if role.optimizer is None and role.checkpoint == "trainable"
+            }  # unless they have buffers
             for number, (name, role) in enumerate(roles.items()):
                 seed = recipe.train.seed if number == 0 else mix(recipe.train.seed, number)
                 self.engines[name] = self._strategy_of(role).bind(role, seed)
@@ -282,7 +319,7 @@ class Trainer:
             if world.heartbeat is not None:
                 world.heartbeat.began(self.cursor.step)
             self._began, self._began_at = time.monotonic(), self.cursor
-            self._event("start", strategy=recipe.strategy.name, world_size=world.size, threads=world.threads)
+            self._event("start", strategy=recipe.strategy.name, world_size=self._num_ranks, threads=world.threads)
             self.on("start", step=self.cursor.step)
             saver = stack.enter_context(contextlib.closing(self._saver()))
             self._agreement = Agreement(world, self._control.share, self.run.folder)
@@ -321,18 +358,23 @@ class Trainer:
         }
         classes = {name: registry.load("strategies", name) for name in recipes}
         refuse_problems(problem for name, kind in classes.items() for problem in kind.problems(recipes[name], cluster))
-        frameworks = {kind.framework for kind in classes.values()}
+        self._strategies: dict[str, Strategy] = {name: kind(recipes[name]) for name, kind in classes.items()}
+        frameworks = {strategy.framework for strategy in self._strategies.values()}
         if len(frameworks) > 1:
             raise UserError(
                 f"the roles' strategies need {' and '.join(sorted(frameworks))} in one process; use one framework"
             )
-        self._strategies: dict[str, Strategy] = {name: kind(recipes[name]) for name, kind in classes.items()}
 
     def _open_strategies(self, roles: dict[str, Role], stack: contextlib.ExitStack) -> None:
         for strategy in self._strategies.values():
+            strategy.report = self._reported
             stack.callback(strategy.close)
             strategy.open(self.world)
         self._control = self._strategy_of(next(iter(roles.values())))
+
+    @property
+    def _num_ranks(self) -> int:
+        return self._control.num_ranks(self.world)
 
     def _strategy_of(self, role: Role) -> Strategy:
         return self._strategies[role.strategy or self.recipe.strategy.name]
@@ -384,6 +426,7 @@ class Trainer:
             size=shares,
             place=self._control.place,
             even=self._control.even,
+            elsewhere=self._control.elsewhere,
         )
         stack.callback(feed.close)
         return source, feed
@@ -402,7 +445,7 @@ class Trainer:
             producer={
                 "strategy": self.recipe.strategy.name,
                 "framework": self._control.framework,
-                "world_size": self.world.size,
+                "world_size": self._num_ranks,
             },
             report=self._saved,
         )
@@ -543,7 +586,8 @@ class Trainer:
         state = _checked_state(reader.state, folder)
         self._refuse_other_run(folder, state["identity"])
         for name, engine in self.engines.items():
-            engine.load(reader.role(name)).require_all(f"the checkpoint {folder}")
+            if name not in self._unsaved or name in reader.roles:
+                engine.load(reader.role(name)).require_all(f"the checkpoint {folder}")
         self.cursor = Cursor(**state["cursor"])
         self._saved_step, self._from = self.cursor.step, folder
         self.extra = state["extra"]
@@ -595,7 +639,7 @@ class Trainer:
                 attempt=self._nonce,
                 step=self.cursor.step,
                 strategy=self.recipe.strategy.name,
-                world_size=self.world.size,
+                world_size=self._num_ranks,
                 seed=self.recipe.train.seed,
                 global_batch=self.recipe.train.global_batch,
                 size=len(self.train_source),
@@ -716,7 +760,7 @@ class Trainer:
 
     def _compare_replicas(self) -> None:
         """Raise ReplicasDiffer, on all ranks, where ranks that should hold the same weights do not."""
-        if self.recipe.guard.digest_every and self.world.size > 1:
+        if self.recipe.guard.digest_every and self._num_ranks > 1:
             compared = {name: engine.replicas() for name, engine in self.engines.items()}
             for name, replicas in compared.items():
                 refuse_differing(name, self.cursor.step, replicas)
@@ -816,9 +860,29 @@ class Trainer:
             self.world.tell_agent(kind="progress", record=record, line=line, steps=self.recipe.train.steps)
         print(f"{line}\n", end="", flush=True)  # in one write: a save that has ended speaks from its own thread
 
+    def _reported(self, event: str, line: str, **facts: Any) -> None:
+        """What a strategy has done by itself."""
+        self._event(event, **facts)
+        self._say(line, {"event": event, **facts})
+
     def _event(self, event: str, **facts: Any) -> None:
         if self.world.first and self.run is not None:
             self.run.event(event, **{"step": self.cursor.step, **facts})
+
+
+_TWINS: dict[str, Trainer] = {}  # of the Trainers of other processes, by the token of each
+
+
+def twins() -> Mapping[str, Trainer]:
+    """What in this process stands for Trainers of others."""
+    return _TWINS
+
+
+def _twin(token: str, kind: Callable[..., Trainer], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Trainer:
+    """The Trainer of this process that stands for another one's, made as that was."""
+    if token not in _TWINS:
+        _TWINS[token] = kind(*args, **kwargs)
+    return _TWINS[token]
 
 
 def _checked_state(state: dict[str, Any], folder: str) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             refuse_others = enter(run_dir)
         # Before the trainer's file, which may import Keras.
-        settle_keras(registry.entry("strategies", recipe.strategy.name).framework)
+        settle_keras(registry.framework_of(recipe.strategy))
         registry.prepare(recipe.strategy.name)
         trainer = resolve_trainer(recipe.trainer, beside=recipe_file.parent)
         if refuse_others is not None:

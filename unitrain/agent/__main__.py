@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import ExitCode, UnitrainError, UserError
@@ -29,11 +30,12 @@ def main() -> int:
     parser.add_argument("--node", type=int, default=0, help="number of this node, from 0")
     parser.add_argument("--meet", metavar="HOST:PORT", help="where node 0 listens for the agents of the other nodes")
     parser.add_argument("--detached", action="store_true", help="go on when the process that started this one ends")
+    parser.add_argument("--join-seconds", type=float, metavar="SECONDS", help="in place of the run's own join_seconds")
     known = parser.parse_args()
     if not known.detached:
         die_with(os.getppid(), signal.SIGTERM)
     try:
-        return _serve(known.run_dir, known.node, known.meet)
+        return _serve(known.run_dir, known.node, known.meet, known.join_seconds)
     except UnitrainError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -42,8 +44,10 @@ def main() -> int:
         return ExitCode.FAILED
 
 
-def _serve(run_dir: Path, node: int, meet: str | None) -> int:
+def _serve(run_dir: Path, node: int, meet: str | None, join_seconds: float | None) -> int:
     job = read_job(run_dir)
+    if join_seconds is not None:
+        job = replace(job, join_seconds=join_seconds)
     if not 0 <= node < job.nodes:
         raise UserError(f"--node is {node}; the run has nodes 0 to {job.nodes - 1}")
     if job.nodes > 1 and meet is None:

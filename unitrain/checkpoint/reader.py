@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from ..strategy import TensorInfo
 from .container import ELEMENT_TYPES, LENGTH_BYTES, Slot, header_length, parse_header
-from .files import Folder, open_folder
+from .files import Folder, LocalFolder, RemoteFolder, open_folder
 from .manifest import MANIFEST, MAX_MANIFEST_BYTES, STATE, Box, Manifest, Tensor
 
 Verify = Literal["full", "manifest"]
@@ -34,6 +34,7 @@ class CheckpointReader:
     def __init__(self, folder: Folder | str | os.PathLike[str], *, verify: Verify = "full") -> None:
         self._files = folder if isinstance(folder, Folder) else open_folder(folder)
         self.folder = self._files.url  # path or URL
+        self.elsewhere = isinstance(self._files, LocalFolder | RemoteFolder)  # other processes can read it too
         self._trusted: set[str] = set()
         self._slots: dict[str, dict[str, Slot]] = {}
         with self._reading(MANIFEST):
@@ -150,8 +151,14 @@ class RoleReader:
     """The tensors of one role: the ShardReader that an engine loads from."""
 
     def __init__(self, checkpoint: CheckpointReader, tensors: list[Tensor]) -> None:
-        self._checkpoint = checkpoint
+        self._checkpoint, self._role = checkpoint, tensors[0].role
         self._held = {(tensor.kind, tensor.name): tensor for tensor in tensors}
+
+    @property
+    def place(self) -> tuple[str, str, str] | None:
+        """Folder, role and the manifest's digest, for another process to read the same; None where none can."""
+        found = self._checkpoint
+        return (found.folder, self._role, found.digest) if found.elsewhere else None
 
     @property
     def tensors(self) -> Mapping[tuple[str, str], TensorInfo]:

@@ -208,10 +208,10 @@ def _return_to(folder: str | None) -> None:
 
 def start(submission: Submission, folder: Path, *, detach: bool, as_json: bool) -> int:
     """Start the run and follow it; its exit code. `folder` is the run's, as it is told to the user."""
-    from ..submission import submit
+    from ..submission import num_ranks, submit
 
     run, recipe, job = submission.run, submission.recipe, submission.job
-    ranks = counted(job.nodes * job.nproc, "rank")
+    ranks = counted(num_ranks(recipe), "rank")
     # Scripts read the name from stdout: `id=$(unitrain launch --detach ...)`.
     where = sys.stderr if detach else sys.stdout
     print(f"{run.id}: {recipe.strategy.name} on {ranks}, by {recipe.launcher.name}", file=where, flush=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..batch import Batch, MicroBatch
+from ..batch import Batch, MicroBatch, Origin
 from ..cursor import Window, even_parts, micro_rows, mix, num_microbatches, rank_rows, sample_ids
 from ..errors import DataError, UnitrainError
 from .source import Source, unreadable
@@ -27,7 +27,8 @@ class Feed:
     """This rank's share of each global batch. One thread loads; one other thread takes.
 
     `place` turns host arrays into the framework's, in the loading thread. With `even`, micro-batches have as many rows
-    on every rank. A source that fails is reported by `Batch.micro()`, as a DataError that names the sample.
+    on every rank. A source that fails is reported by `Batch.micro()`, as a DataError that names the sample. With
+    `elsewhere` nothing is loaded unless somebody asks: the ranks fetch their rows where they are.
     """
 
     def __init__(
@@ -42,15 +43,16 @@ class Feed:
         place: Place,
         even: bool = False,
         ahead: int = 2,
+        elsewhere: bool = False,
     ) -> None:
         self._num_samples = len(source)
         if not self._num_samples:
             raise DataError(f"{source!r} has no samples; give data with at least one")
-        self._source, self._place = source, place
+        self._source = source
+        self._portion = Portion(source, micro_batch=micro_batch, rank=rank, size=size, place=place, even=even)
         self._tokens_per_sample = source.tokens_per_sample  # here, where a mistake in a source is told at once
-        self._seed, self._global_batch, self._micro_batch = seed, global_batch, micro_batch
-        self._rank, self._size, self._even = rank, size, even
-        self._ahead = ahead
+        self._seed, self._global_batch = seed, global_batch
+        self._ahead, self._elsewhere = ahead, elsewhere
         self._wanted: SimpleQueue[tuple[_Reader, int] | None] = SimpleQueue()
         self._skipped: tuple[Window, ...] = ()
         self._training = _Reader(self._training_ids(), (seed,))
@@ -62,6 +64,9 @@ class Feed:
 
     def batch(self, step: int) -> Batch:
         """The training batch of that step; the next ones are loaded behind it. Any step costs the same."""
+        if self._elsewhere:
+            self._check_open()
+            return self._unloaded(self._training_ids()(step), step, (self._seed,))
         if step != self._next_step:
             self._seek(step)
         self._wanted.put((self._training, step + self._ahead))
@@ -79,6 +84,9 @@ class Feed:
         num_batches = -(-self._num_samples // self._global_batch)
         num_batches = num_batches if limit is None else min(num_batches, limit)
         reader = _Reader(self._sweep_ids, (self._seed, _SWEEP))
+        if self._elsewhere:
+            yield from (self._unloaded(reader.ids(number), number, reader.key) for number in range(num_batches))
+            return
         try:
             for number in range(min(self._ahead, num_batches)):
                 self._wanted.put((reader, number))
@@ -127,13 +135,33 @@ class Feed:
                 continue
             ids = reader.ids(step)
             self._loading = loaded = _Loaded()
-            reader.ready.put(Batch(step, ids, loaded.take, tokens=len(ids) * self._tokens_per_sample))
+            reader.ready.put(self._batch(ids, step, reader.key, loaded.take))
             try:
-                loaded.fill(self._micro_batches(ids, (*reader.key, step)))
+                loaded.fill(self._portion.micro_batches(ids, (*reader.key, step)))
             except BaseException as error:  # whatever it is, the thread that waits must hear of it
                 loaded.fail(error)
 
-    def _micro_batches(self, ids: NDArray[np.int64], key: tuple[int, ...]) -> list[MicroBatch]:
+    def _unloaded(self, ids: NDArray[np.int64], step: int, key: tuple[int, ...]) -> Batch:
+        return self._batch(ids, step, key, lambda: self._portion.micro_batches(ids, (*key, step)))
+
+    def _batch(
+        self, ids: NDArray[np.int64], step: int, key: tuple[int, ...], load: Callable[[], Sequence[MicroBatch]]
+    ) -> Batch:
+        tokens = len(ids) * self._tokens_per_sample
+        return Batch(step, ids, load, tokens=tokens, origin=Origin(self._source, (*key, step)))
+
+
+class Portion:
+    """One rank's share of any global batch of a source."""
+
+    def __init__(
+        self, source: Source, *, micro_batch: int | None, rank: int, size: int, place: Place, even: bool = False
+    ) -> None:
+        self._source, self._place = source, place
+        self._micro_batch, self._rank, self._size, self._even = micro_batch, rank, size, even
+
+    def micro_batches(self, ids: NDArray[np.int64], key: tuple[int, ...]) -> list[MicroBatch]:
+        """The micro-batches of this rank in a global batch of these samples. Raises DataError, naming a sample."""
         if self._even:
             parts = even_parts(len(ids), self._rank, self._size, self._micro_batch)
         else:

@@ -96,6 +96,9 @@ def _plan(run: Run, recipe: Recipe, checkpoint: CheckpointReader, role: str, dty
     adapted = isinstance(options, HF) and options.lora is not None
     if merge and not adapted:
         raise UserError(f"--merge is for runs with model.lora, and {run.id} has none; leave it out")
+    heads = [reader.tensors.get(("param", f"{name}.weight")) for name in ("head", "lm_head")]
+    if any(head is not None and head.shape[0] == 1 for head in heads):  # a critic's or a reward model's
+        return plans.plain(reader, to_dict(recipe).get("model", {}), dtype)
     if isinstance(options, GPT) and ("param", "embed.weight") in reader.tensors:
         return _with_tokenizer(plans.gpt(reader, options, dtype), recipe, base, None)
     if not isinstance(options, HF):

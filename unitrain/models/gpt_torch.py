@@ -32,13 +32,18 @@ class GPTModule(nn.Module):
         # Tied, there is no second parameter: moving a module to a device would untie two names of one tensor.
         self.head = None if config.tied else nn.Linear(shape.width, shape.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the next token at each position."""
+    def forward(self, tokens: Tensor, segments: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Logits of the next token at each position.
+
+        `segments` (rows, seq), int64: tokens look at those of their own number alone, for rows that hold several texts.
+        `positions` (rows, seq), int64: where each token stands in its text.
+        """
         if tokens.shape[1] > self.max_len:
             raise ValueError(f"{tokens.shape[1]} tokens in a row, but model.max_len is {self.max_len}")
         x = self.dropout(self.embed(tokens))
+        layout = () if segments is None else (same_text(segments), positions)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, *layout)
         x = self.norm(x)
         logits: Tensor = nn.functional.linear(x, self.embed.weight) if self.head is None else self.head(x)
         return logits
@@ -60,9 +65,9 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width, config.shape().ffn)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(rows, seq, width) to the same shape."""
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+    def forward(self, x: Tensor, seen: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """(rows, seq, width) to the same shape; `seen` and `positions` as Attention has them."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), seen, positions))
         inner: Tensor = self.dropout(self.mlp(self.mlp_norm(x)))
         return x + inner
 
@@ -77,14 +82,19 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(shape.width, 3 * shape.width, bias=False)
         self.out = nn.Linear(shape.width, shape.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(rows, seq, width) to the same shape."""
+    def forward(self, x: Tensor, seen: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """(rows, seq, width) to the same shape.
+
+        `seen` (rows, 1, seq, seq), bool: which tokens each looks at; None: all before it. `positions`: see `rotated`.
+        """
         rows, seq, width = x.shape
         qkv = self.qkv(x).view(rows, seq, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (rows, heads, seq, features of a head)
-        q, k = rotated(q, self.theta), rotated(k, self.theta)
+        q, k = rotated(q, self.theta, positions), rotated(k, self.theta, positions)
         dropout = self.dropout if self.training else 0.0
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        mixed = nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=seen is None
+        )
         joined: Tensor = self.out(mixed.transpose(1, 2).reshape(rows, seq, width))
         return joined
 
@@ -117,16 +127,26 @@ class RMSNorm(nn.Module):
         return nn.functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-def rotated(x: Tensor, theta: float) -> Tensor:
+def same_text(segments: Tensor) -> Tensor:
+    """(rows, 1, seq, seq), bool, of segments (rows, seq): which tokens are of the same text, and not behind."""
+    seq = segments.shape[1]
+    before = torch.ones(seq, seq, dtype=torch.bool, device=segments.device).tril()
+    return ((segments[:, :, None] == segments[:, None, :]) & before)[:, None]
+
+
+def rotated(x: Tensor, theta: float, positions: Tensor | None = None) -> Tensor:
     """RoPE (Su et al., "RoFormer", 2021) on (..., seq, features): feature i turns together with feature i + half.
 
-    The angles are made anew, in fp32: a cached table would have no values on the meta device, and a table handed
-    from block to block would be rounded by strategies that cast a block's inputs.
+    `positions` (rows, seq) of x (rows, heads, seq, features); None: they count from 0. The angles are made anew, in
+    fp32: a cached table would have no values on the meta device, and a table handed from block to block would be
+    rounded by strategies that cast a block's inputs.
     """
     seq, features = x.shape[-2:]
-    places = torch.arange(seq, device=x.device, dtype=torch.float32)
     speeds = theta ** -(torch.arange(0, features, 2, device=x.device, dtype=torch.float32) / features)
-    angles = torch.outer(places, speeds)
+    if positions is None:
+        angles = torch.outer(torch.arange(seq, device=x.device, dtype=torch.float32), speeds)
+    else:
+        angles = (positions[..., None].float() * speeds)[:, None]
     cos, sin = angles.cos(), angles.sin()
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

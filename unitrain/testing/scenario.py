@@ -18,7 +18,7 @@ from unitrain import registry
 from unitrain.checkpoint import CheckpointReader, Saver, list_checkpoints
 from unitrain.data.feed import Feed
 from unitrain.data.source import Source
-from unitrain.recipe import OptimizerRecipe, Recipe, StrategyRecipe, TrainRecipe
+from unitrain.recipe import LauncherRecipe, OptimizerRecipe, Recipe, StrategyRecipe, TrainRecipe
 from unitrain.strategy import Engine, HyperParameters, Role, Strategy
 from unitrain.world import World
 
@@ -84,14 +84,15 @@ def run_scenario(
         "micro_batch": micro_batch,
         "load_from": load_from,
         "folder": str(folder),
+        "ranks": ranks,
     }
-    (folder / "task.json").write_text(json.dumps(task))
     entry = registry.entry("strategies", strategy)
+    (folder / "task.json").write_text(json.dumps(task))
     job = {
         "run_id": folder.name,
         "launcher": "local",
         "nodes": 1,
-        "nproc": ranks,
+        "nproc": 1 if entry.inner else ranks,  # a controller starts its ranks itself
         "preload": list(preload or entry.preload),
         "fork": bool(preload) or entry.fork,
         "options": {"entry": "unitrain.testing.scenario:main"},
@@ -114,6 +115,7 @@ def main(arguments: list[str]) -> int:
         optimizer=OPTIMIZER,
         train=TrainRecipe(global_batch=GLOBAL_BATCH, micro_batch=task["micro_batch"], seed=SEED),
         strategy=StrategyRecipe(name=task["strategy"], options=task["options"]),
+        launcher=LauncherRecipe(nproc=task["ranks"]),
     )
     strategy: Strategy = registry.load("strategies", task["strategy"])(recipe)
     strategy.open(world)
@@ -163,7 +165,7 @@ class _Rank:
         feed.close()
         return Outcome(
             strategy=self.recipe.strategy.name,
-            ranks=self.world.size,
+            ranks=self.strategy.num_ranks(self.world),
             curve=curve,
             again=again,
             evaluation=evaluation,
@@ -190,6 +192,7 @@ class _Rank:
             size=shares,
             place=self.strategy.place,
             even=self.strategy.even,
+            elsewhere=self.strategy.elsewhere,
         )
 
     def _train(self, engine: Engine, feed: Feed, steps: range) -> list[dict[str, float]]:

@@ -10,6 +10,9 @@ from typing import Any
 _KNOWN = frozenset({
     "step", "split", "loss", "lr", "grad_norm", "samples", "tokens", "seconds", "samples_per_second",
     "tokens_per_second", "memory_bytes", "mfu", "weight", "applied", "skipped",
+    "approx_kl", "ratio", "kl_loss", "kl_coef", "gap", "gap_max", "generated", "ended",
+    "importance", "staleness", "staleness_max", "dropped", "replaced", "generate_seconds", "generating_seconds",
+    "reward_seconds", "sync_seconds", "logprobs_seconds", "update_seconds",
 })  # fmt: skip
 
 

@@ -124,9 +124,10 @@ def tier_of(recipe: Recipe) -> Tier:
     reasons += [f"{key} {value}" for key, value in recipe.model.options.items() if "dropout" in key and value]
     if reasons:
         return replace(BAND, because=", ".join(reasons))
-    return TIGHT if _framework(recipe.strategy.name) == _framework(REFERENCE) else CLOSE
+    return TIGHT if _framework(recipe.strategy) == _framework(StrategyRecipe(name=REFERENCE)) else CLOSE
 
 
-def _framework(strategy: str) -> str:
-    entry = registry.entry("strategies", strategy)
-    return entry.framework or str(registry.resolve(entry.path).framework)  # a third party's class knows
+def _framework(strategy: StrategyRecipe) -> str:
+    inner = registry.inner(strategy).name
+    # a third party's class knows
+    return registry.framework_of(strategy) or str(registry.load("strategies", inner).framework)
