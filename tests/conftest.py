@@ -15,8 +15,8 @@ from _pytest.runner import runtestprotocol
 
 from unitrain.world import STARTERS
 
-CLUSTERS = ("test_slurm.py", "test_kubernetes.py", "test_hosts.py", "test_docker.py")
-SYSTEMS = ("slurm", "kubernetes", "ssh", "mpi")  # launchers whose contract is tested on one
+CLUSTERS = ("test_slurm.py", "test_kubernetes.py", "test_hosts.py", "test_docker.py", "test_ray_launcher.py")
+SYSTEMS = ("slurm", "kubernetes", "ssh", "mpi", "ray")  # launchers whose contract is tested on one
 AGAIN: list[str] = []  # tests that were run twice, and why
 _DRILL_SECONDS = 7200  # a hundred kills take their time on a busy machine
 

@@ -29,12 +29,16 @@ FRAMEWORKS = {
     "jax": {"jax", "jaxlib", "flax", "optax"},
     "tensorflow": {"tensorflow", "keras"},
     "keras": {"keras"},
+    "ray": {"ray"},
 }
 # what stands on one of those, or replaces this package's own work
 BACKENDS = {"deepspeed", "horovod", "ray", "accelerate", "lightning", "pytorch_lightning", "transformers", "mpi4py"}
 FOREIGN = BACKENDS.union(*FRAMEWORKS.values())
-# files of unitrain/models whose models are a backend's own
-MODEL_BACKENDS = {"unitrain.models.hf_torch": {"transformers"}}
+# files of the core whose models, or whose loop, are a backend's own
+MODEL_BACKENDS = {
+    "unitrain.models.hf_torch": {"transformers"},
+    "unitrain.rl.trl_loop_torch": {"transformers", "accelerate"},
+}
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 IMPORT_NAMES = {"pyyaml": "yaml"}  # where it is not the package's own
@@ -48,8 +52,8 @@ FORBIDDEN_CALLS = {
     *("yaml.load", "yaml.unsafe_load", "yaml.full_load", "torch.load", "torch.save"),
 }
 
-# files of the core that belong to a framework
-BOUND = {"_torch": "torch", "_jax": "jax", "_tf": "tensorflow", "_keras": "keras"}  # endings of files' names
+# endings of the names of files of the core that belong to a framework
+BOUND = {"_torch": "torch", "_jax": "jax", "_tf": "tensorflow", "_keras": "keras", "_ray": "ray"}
 
 # who reads the environment, and why; everybody else asks unitrain.world
 ENVIRONMENT_READERS = {"unitrain.world": "the one place that knows what each starter sets"}
@@ -112,7 +116,9 @@ class Module:
     @property
     def framework(self) -> str | None:
         """The framework that a file of the core is written in."""
-        if self.name.startswith(("unitrain.models.", "unitrain.tasks.", "unitrain.testing.", "unitrain.importers.")):
+        folders = ("models", "tasks", "testing", "importers", "rl", "actors")
+        bound = tuple(f"unitrain.{folder}." for folder in folders)
+        if self.name.startswith(bound):
             return next((framework for ending, framework in BOUND.items() if self.name.endswith(ending)), None)
         return None
 
@@ -269,7 +275,7 @@ def _registered_framework(name: str) -> tuple[str | None, set[str]]:
         return next((framework for framework in FRAMEWORKS if last.startswith(f"_{framework}")), None), _backends(name)
     for entry in registry.STRATEGIES.values():
         if entry.path.partition(":")[0] == name:
-            return entry.framework, {entry.requires}
+            return entry.framework or entry.requires, {entry.requires}
     return None, set()
 
 
@@ -290,6 +296,7 @@ def a_launcher_imports_core_alone(module: Module) -> Iterator[str]:
     if not entries and not module.name.rpartition(".")[2].startswith("_"):
         yield f"{module.name} stands in no table of unitrain.registry"
     clients = {entry.requires.partition(".")[0] for entry in entries}
+    clients |= {"ray"} if module.name.startswith("unitrain.launchers._ray_") else set()
     for found in module.imports:
         if found.target.startswith(("unitrain.strategies", "unitrain.tasks", "unitrain.models")):
             yield f"{module.name}:{found.line} imports {found.target}: launchers know nothing of what they start"
@@ -375,6 +382,8 @@ SEEDS: dict[Rule, list[tuple[str, str, str]]] = {
         ("models.gpt_torch", "import torch", ""),
         ("models.gpt_torch", "import transformers", "imports transformers"),
         ("models.hf_torch", "import transformers", ""),
+        ("rl.trl_loop_torch", "import transformers", ""),
+        ("rl.trl_torch", "import transformers", "imports transformers"),
         ("models.hf_config", "import transformers", "imports transformers"),
         ("models.gpt_jax", "import torch", "imports torch"),
         ("tasks.language", "import torch", "imports torch"),
@@ -385,6 +394,10 @@ SEEDS: dict[Rule, list[tuple[str, str, str]]] = {
         ("testing.kit_torch", "import torch", ""),
         ("importers.pickled_torch", "import torch", ""),
         ("importers.accelerate", "def f():\n    import torch", "imports torch"),
+        ("actors.group_ray", "import ray", ""),
+        ("actors.group_ray", "import torch", "imports torch"),
+        ("actors.group", "import ray", "imports ray"),
+        ("trainer", "def f():\n    import ray", "imports ray"),
         ("build.deepspeed", "def f():\n    import torch, deepspeed", ""),
         ("build.deepspeed", "import deepspeed", "imports deepspeed"),
         ("build.horovod", "def f():\n    import deepspeed", "imports deepspeed"),
@@ -424,6 +437,9 @@ SEEDS: dict[Rule, list[tuple[str, str, str]]] = {
         ("strategies.ddp", "def f():\n    from ._torch_deepspeed import X", ""),
         ("strategies.deepspeed", "from ._torch_deepspeed import X", ""),
         ("strategies.tensorflow", "import keras, tensorflow", ""),
+        ("strategies.ray", "import ray\nfrom ._ray_crew import X", ""),
+        ("strategies.ray", "import torch", "a framework that is not its own"),
+        ("strategies._ray_crew", "from ._torch import X", "of its own family only"),
         ("strategies._tensorflow_engine", "import torch", "a framework that is not its own"),
         ("strategies.tensorflow", "from ._torch_engine import X", "of its own family only"),
     ],
@@ -436,6 +452,9 @@ SEEDS: dict[Rule, list[tuple[str, str, str]]] = {
         ("launchers.local", "import kubernetes", "import it where it is used"),
         ("launchers.local", "def f():\n    import kubernetes", ""),
         ("launchers.local", "from ..launcher import Job", ""),
+        ("launchers._ray_driver", "def f():\n    import ray", ""),
+        ("launchers._ray_driver", "import ray", "import it where it is used"),
+        ("launchers._ssh_team", "def f():\n    import ray", "need no framework"),
         ("launchers.unknown", "", "stands in no table"),
     ],
     only_world_reads_the_environment: [

@@ -97,7 +97,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
         f"{CUSTOM}zzz: 1",
         [],
         "gpt.yaml:2: no key 'zzz'; a recipe has the keys name, trainer, model, data, optimizer, schedule, train, "
-        "strategy, launcher, code, checkpoint, recovery, guard",
+        "strategy, launcher, code, checkpoint, recovery, guard, rl",
     ),
     (
         f"{CUSTOM}checkpoint: {{asynchronous: true}}",
@@ -194,7 +194,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     (
         "trainer: unitrain.tasks:Classification\nmodel: {name: mlp}\ndata: {name: digit}",
         [],
-        "no data source named 'digit', did you mean 'digits'?; known: arrays, datasets, digits, text, tokens",
+        "no data source named 'digit', did you mean 'digits'?; known: arrays, datasets, digits, records, text, tokens",
     ),
     (
         "trainer: unitrain.tasks:LanguageModel",
