@@ -21,6 +21,7 @@ needs_tensorflow = pytest.mark.skipif(
 needs_jax = pytest.mark.skipif(
     importlib.util.find_spec("flax") is None, reason="needs JAX and Flax: pip install 'unitrain[jax]'"
 )
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray: pip install 'unitrain[ray]'")
 ACCELERATE = Path(__file__).parents[1] / "fixtures" / "accelerate"
 
 
@@ -178,4 +179,40 @@ class TestTensorFlow(StrategyContract):
 class TestTensorFlowCompiled(StrategyContract):
     strategy = "tensorflow"
     options = {"jit_compile": True, "communication": "ring"}
+    ranks = (2,)
+
+
+@needs_ray
+class TestRay(StrategyContract):
+    strategy = "ray"
+
+
+@needs_ray
+class TestRayOfFSDP2(StrategyContract):
+    strategy = "ray"
+    options = {"inner": "fsdp2", "snapshot_every": 3}
+    ranks = (2,)
+
+
+@needs_ray
+@needs_deepspeed
+class TestRayOfZero2(StrategyContract):
+    strategy = "ray"
+    options = {"inner": "zero2"}
+    ranks = (2,)
+
+
+@needs_ray
+@needs_jax
+class TestRayOfJax(StrategyContract):
+    strategy = "ray"
+    options = {"inner": "jax"}
+    ranks = (2,)
+
+
+@needs_ray
+@needs_tensorflow
+class TestRayOfTensorFlow(StrategyContract):
+    strategy = "ray"
+    options = {"inner": "tensorflow"}
     ranks = (2,)

@@ -146,5 +146,5 @@ def runnable() -> dict[str, Feature]:
 
 
 def strategies() -> list[str]:
-    """All registered strategies of the frameworks in the matrix but the reference."""
+    """All registered strategies of the frameworks in the matrix but the reference, and but ray, which runs these."""
     return [name for name, entry in registry.STRATEGIES.items() if entry.framework in FRAMEWORKS and name != "single"]
