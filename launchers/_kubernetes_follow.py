@@ -101,7 +101,9 @@ class View:
     def steady(self) -> bool:
         """True when every node's pod runs."""
         pods = newest(self.pods).values()
-        return len(pods) == self.state.nodes and all(pod["status"].get("phase") == "Running" for pod in pods)
+        return len(pods) == self.kind.num_pods(self.state.nodes) and all(
+            pod["status"].get("phase") == "Running" for pod in pods
+        )
 
     @property
     def phases(self) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Container, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+from unitrain.launchers import _kubernetes_rayjob
 from unitrain.launchers._kubernetes_pod import (
     INDEX,
     JOB_LABEL,
@@ -56,6 +57,14 @@ class Kind(ABC):
     def selector(self, name: str) -> str:
         """The pods of the object of that name."""
         return f"{JOB_LABEL}={name}"
+
+    def files(self, shape: Shape) -> dict[str, str]:
+        """What goes into the run's folder beside the recipe and the job."""
+        return {}
+
+    def num_pods(self, nodes: int) -> int:
+        """All that run when the job does."""
+        return nodes
 
 
 class IndexedJob(Kind):
@@ -260,11 +269,35 @@ class PyTorchJob(Kind):
         ]
 
 
-# In the order in which they are chosen; the last one is on request alone.
+class RayJob(Kind):
+    """KubeRay's: a Ray cluster of the run's own, in which our driver is the job."""
+
+    name, api, plural = "rayjob", "ray.io/v1", "rayjobs"
+
+    def command(self, shape: Shape) -> list[str]:
+        """The entrypoint; pods run Ray."""
+        return _kubernetes_rayjob.driver(shape)
+
+    def files(self, shape: Shape) -> dict[str, str]:
+        """The driver's plan."""
+        return {name: text(shape) for name, text in _kubernetes_rayjob.FILES.items()}
+
+    def num_pods(self, nodes: int) -> int:
+        """With the head, and the one that submits."""
+        return nodes + _kubernetes_rayjob.FIRST_WORKER
+
+    def jobs(self, shape: Shape) -> list[Object]:
+        """One."""
+        spec = {**_limits(shape), **_suspended(shape), **_kubernetes_rayjob.spec(shape)}
+        return [{"apiVersion": self.api, "kind": "RayJob", "metadata": _queued(shape, shape.metadata()), "spec": spec}]
+
+
+ON_REQUEST = ("pytorchjob", "rayjob")
+# The others in the order in which they are chosen.
 KINDS: Mapping[str, Kind] = MappingProxyType(
-    {kind.name: kind for kind in (TrainJob(), JobSet(), IndexedJob(), JobPerNode(), PyTorchJob())}
+    {kind.name: kind for kind in (TrainJob(), JobSet(), IndexedJob(), JobPerNode(), PyTorchJob(), RayJob())}
 )
-CHOSEN = tuple(name for name in KINDS if name != "pytorchjob")
+CHOSEN = tuple(name for name in KINDS if name not in ON_REQUEST)
 
 
 def choose(apis: Container[str], minor: int) -> Kind:

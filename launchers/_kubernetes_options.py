@@ -14,7 +14,7 @@ from unitrain.errors import did_you_mean
 from unitrain.recipe import Recipe
 from unitrain.strategy import Problem
 
-KINDS = ("trainjob", "jobset", "job", "jobs", "pytorchjob")
+KINDS = ("trainjob", "jobset", "job", "jobs", "pytorchjob", "rayjob")
 GRACE_SECONDS = 30.0  # the agent's, unless launcher.options.grace_seconds says otherwise
 MARGIN_SECONDS = 15  # that a pod has beyond its agent's grace: for the ranks' end and the last files
 PORT = 29500
@@ -133,8 +133,8 @@ _SECONDS_WORDS = "a whole number of seconds"
 
 OWN: Mapping[str, Option] = MappingProxyType({
     "kind": Option(
-        "`trainjob`, `jobset`, `job` (Indexed Job), `jobs` (a Job for each node) or `pytorchjob`; unless given, the "
-        "first of these four that the cluster has",
+        "`trainjob`, `jobset`, `job` (Indexed Job), `jobs` (a Job for each node), `pytorchjob` or `rayjob`; unless "
+        "given, the first of the first four that the cluster has",
         lambda value: value in KINDS,
         f"one of {', '.join(KINDS)}",
     ),
@@ -361,6 +361,12 @@ def _excluded(wishes: Wishes, recipe: Recipe) -> Iterator[Problem]:
         yield from _not_of_trainjob(wishes)
     if wishes.kind == "pytorchjob" and wishes.meet == "shared":
         yield Problem("a PyTorchJob's nodes meet by DNS", "leave launcher.options.meet out, or set kind=jobs")
+    if wishes.kind == "rayjob" and wishes.volume is None:
+        yield Problem(
+            "the head and the workers of a RayJob share a folder", "give launcher.options.volume={claim: NAME}"
+        )
+    if wishes.kind == "rayjob" and wishes.meet == "shared":
+        yield Problem("a RayJob's nodes meet through Ray", "leave launcher.options.meet out")
     for name, value in wishes.env.items():
         if _SECRET_NAMES.search(name) and not isinstance(value, Mapping):
             yield Problem(

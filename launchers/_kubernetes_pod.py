@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from unitrain.agent.job import AgentJob
 from unitrain.errors import ExitCode, UserError
 from unitrain.launchers._kubernetes_options import Wishes, volume_path
 
@@ -35,6 +36,7 @@ class Shape:
     wishes: Wishes
     files: Mapping[str, str] = field(default_factory=dict)  # that go into the run's folder
     minor: int = LATEST  # version 1.x of the server
+    rejoin_seconds: float = AgentJob.rejoin_seconds
 
     def metadata(self, name: str | None = None, **labels: str) -> dict[str, Any]:
         """Of an object of this run."""
@@ -97,7 +99,7 @@ def command(shape: Shape, node: str, meet: str) -> list[str]:
     wishes = shape.wishes
     words = [wishes.python, "-m", "unitrain.agent.unpack", RECIPE_FOLDER, shape.run_dir, "--job", shape.name]
     host = "shared" if wishes.meet == "shared" else meet
-    return [*map(_literal, words), "--node", node, *(["--meet", f"{host}:{wishes.port}"] if shape.nodes > 1 else [])]
+    return [*map(literal, words), "--node", node, *(["--meet", f"{host}:{wishes.port}"] if shape.nodes > 1 else [])]
 
 
 def pod(shape: Shape, *, node: str, meet: str, container: str = "node", index: str | None = INDEX) -> dict[str, Any]:
@@ -142,7 +144,7 @@ def environment(shape: Shape, index: str | None) -> list[dict[str, Any]]:
         if isinstance(value, Mapping):
             found.append({"name": name, "valueFrom": {"secretKeyRef": {"name": value["secret"], "key": value["key"]}}})
         else:
-            found.append({"name": name, "value": _literal(_text(value))})
+            found.append({"name": name, "value": literal(_text(value))})
     return found
 
 
@@ -289,7 +291,7 @@ def _source(volume: Mapping[str, Any]) -> dict[str, Any]:
     return {"emptyDir": {}}
 
 
-def _literal(word: str) -> str:
+def literal(word: str) -> str:
     """The word with no $(NAME) in it that Kubernetes would replace."""
     return word.replace("$(", "$$(")
 

@@ -206,7 +206,11 @@ def _has_pods(whose: str, made: set[str]) -> bool:
 
 def _conditions(job: Object) -> dict[str, Object]:
     """Those that are met."""
-    found = job.get("status", {}).get("conditions") or []
+    status = job.get("status", {})
+    if status.get("jobDeploymentStatus") in ("Complete", "Failed"):  # a RayJob's
+        reason = str(status.get("reason", ""))
+        return {status["jobDeploymentStatus"]: {"reason": reason, "message": str(status.get("message", ""))}}
+    found = status.get("conditions") or []
     return {condition["type"]: condition for condition in found if condition.get("status") == "True"}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from unitrain.agent.job import FILE, job_text
+from unitrain.agent.job import FILE, AgentJob, job_text
 from unitrain.agent.logs import attempt_folders, attempt_number, find_log, log_lines, no_log
 from unitrain.agent.records import EXIT
 from unitrain.errors import Refused, UserError
@@ -138,7 +138,10 @@ class Kubernetes(Launcher):
             wishes=wishes,
             files={**files, RECIPE: job.recipe},
             minor=minor,
+            rejoin_seconds=float(job.options.get("rejoin_seconds", AgentJob.rejoin_seconds)),
         )
+        files |= kind.files(shape)
+        shape = replace(shape, files={**files, RECIPE: job.recipe})
         return Rendered(
             files={**files, MANIFEST: to_text(kind.objects(shape))},
             argv=tuple(kind.command(shape)),

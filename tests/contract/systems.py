@@ -79,10 +79,15 @@ class ThisMachine:
         return processes(run_dir)
 
 
+WAYS = ("ray-private",)  # beside the one that goes by the launcher's own name: what follows the dash
+
+
 def system_of(launcher: str) -> System:
     """The launcher's system, not entered yet. Skips where there is none."""
-    if launcher in ("local", "torchrun"):
-        return ThisMachine(detaches=launcher == "local")
+    if launcher == "ray-private":
+        pytest.importorskip("ray", reason="not run: Ray is not installed")
+    if launcher in ("local", "torchrun", "ray-private"):
+        return ThisMachine(detaches=launcher != "torchrun")
     if not (LAB / f"{launcher}_system.py").exists():
         pytest.skip(f"not run: no test can start what {launcher} needs (there is no tests/lab/{launcher}_system.py)")
     found: System = importlib.import_module(f"...lab.{launcher}_system", __name__).System()

@@ -20,7 +20,7 @@ from unitrain.errors import UserError
 from unitrain.launcher import Job, Launcher, Rendered
 from unitrain.recipe import LauncherRecipe, Recipe
 
-from .systems import System, options_of, system_of
+from .systems import WAYS, System, options_of, system_of
 
 RECORDED = Path(__file__).resolve().parents[1] / "recorded" / "launchers"
 RECORD = "UNITRAIN_RECORD"  # set it to 1 to write the recorded files anew, and look at the difference
@@ -228,11 +228,11 @@ def prepare(work: str, folder: Path, system: System) -> Path:
     return run_dir
 
 
-@pytest.fixture(scope="module", params=list(registry.LAUNCHERS))
+@pytest.fixture(scope="module", params=[*registry.LAUNCHERS, *WAYS])
 def named_system(request: pytest.FixtureRequest) -> Iterator[tuple[str, System]]:
     """A launcher and its system, which stays up for all tests of this file."""
     with system_of(request.param) as system:
-        yield request.param, system
+        yield request.param.partition("-")[0], system
 
 
 @pytest.fixture

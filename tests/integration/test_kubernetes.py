@@ -344,7 +344,7 @@ def sent(lab: Lab, kind: str, change: Callable[[dict[str, Any]], None] = lambda 
     return answer
 
 
-CUSTOM = ("trainjob", "jobset", "pytorchjob")
+CUSTOM = ("trainjob", "jobset", "pytorchjob", "rayjob")
 
 
 @pytest.mark.parametrize("kind", CUSTOM)
@@ -370,6 +370,12 @@ def _misspell(*path: str | int) -> Callable[[dict[str, Any]], None]:
         ("trainjob", ("spec", "runtimePatches", 0, "trainingRuntimeSpec"), "unknown field"),
         ("jobset", ("spec", "failurePolicy", "maxRestarts"), 'unknown field "spec.template.spec.failurePolicy'),
         ("pytorchjob", ("spec", "runPolicy", "backoffLimit"), 'unknown field "spec.runPolicy.backoffLimits"'),
+        ("rayjob", ("spec", "shutdownAfterJobFinishes"), 'unknown field "spec.shutdownAfterJobFinishess"'),
+        (
+            "rayjob",
+            ("spec", "rayClusterSpec", "workerGroupSpecs", 0, "groupName"),
+            'unknown field "spec.rayClusterSpec.workerGroupSpecs[0].groupNames"',
+        ),
     ],
 )
 def test_a_misspelt_field_is_refused_by_the_same_server(lab: Lab, kind: str, path: tuple[Any, ...], said: str) -> None:

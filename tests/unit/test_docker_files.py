@@ -194,7 +194,10 @@ RULES: dict[Callable[[Images], Iterator[str]], tuple[tuple[str, str], ...]] = {
         ("pip install torch ", "pip install torch unheard-of "),
         (SECRETS[1] + " ", ""),
         ("/wanted/with_pip python -m pip install torch", "python -m pip install torch"),
-        ('"ray==${RAY_VERSION}"', "ray"),
+        (
+            "/wanted/with_pip python /wanted/install.py ${EXTRAS} ray",
+            "/wanted/with_pip python -m pip install unheard-of",
+        ),
     ),
     keeps_no_configuration: (
         ("PYTHONUNBUFFERED=1", "PYTHONUNBUFFERED=1 PIP_CONFIG_FILE=/x"),

@@ -104,7 +104,7 @@ def test_the_name_changes_with_every_submission_of_a_run(tmp_path: Path) -> None
     [
         (recipe(volume={"claim": "runs"}), "no image", "launcher.options.image="),
         (recipe(**BASE, imagee="x"), "'imagee', did you mean 'image'?", "image_pull_policy"),
-        (recipe(**BASE, kind="pod"), "kind is 'pod'", "trainjob, jobset, job, jobs, pytorchjob"),
+        (recipe(**BASE, kind="pod"), "kind is 'pod'", "trainjob, jobset, job, jobs, pytorchjob, rayjob"),
         (recipe(**IMAGE), "lost with its pod", "{claim: NAME}"),
         (recipe(2, **IMAGE, kind="job"), "2 pods have no folder", "several machines may write"),
         (recipe(**BASE, gpus=4), "2 ranks cannot have one each of 4 GPUs", "launcher.nproc=4"),
@@ -115,6 +115,8 @@ def test_the_name_changes_with_every_submission_of_a_run(tmp_path: Path) -> None
         (recipe(**BASE, mounts=[{"claim": "d", "path": "/runs"}]), "two volumes are mounted at /runs", "another path"),
         (recipe(**BASE, mounts=[{"claim": "d"}]), "mounts is", "path: /WHERE"),
         (recipe(**BASE, kind="pytorchjob", meet="shared"), "meet by DNS", "kind=jobs"),
+        (recipe(**BASE, kind="rayjob", meet="shared"), "meet through Ray", "leave launcher.options.meet out"),
+        (recipe(**IMAGE, path="s3://bucket/run", kind="rayjob"), "share a folder", "launcher.options.volume"),
         (recipe(**BASE, grace_seconds="soon"), "grace_seconds is 'soon'", "a day"),
     ],
 )
