@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 from unitrain import registry
 from unitrain.recipe import Recipe, StrategyRecipe, TrainRecipe
 from unitrain.recipe_file import NAMED
+from unitrain.rl.recipe import RL
 from unitrain.schema import join, keys_of, phrase
 from unitrain.strategy import Cluster
 from unitrain.tasks.named import SUFFIXES
@@ -48,6 +49,10 @@ launcher: {name: local, nproc: 2}
 """
 
 
+RL_KEYS = """What a trainer has as defaults of its own: [rl.md](rl.md#trainers).
+"""
+
+
 def recipe_reference() -> str:
     """The text of docs/recipe.md."""
     hints = get_type_hints(Recipe)
@@ -60,7 +65,20 @@ def recipe_reference() -> str:
         parts += [f"## `{group}`: {about}\n", _table(kind, group, leave_out=leave_out)]
         if group in NAMED:
             parts += _built_in(group)
+    parts += ["## `rl`: keys of the trainers of unitrain.rl\n", RL_KEYS, *_groups_of(RL, "rl")]
     return "\n".join(parts)
+
+
+def _groups_of(kind: Any, where: str) -> Iterator[str]:
+    """The keys of a dataclass, then those of the groups in it."""
+    hints = get_type_hints(kind)
+    groups = {
+        key: hints[field.name] for key, field in keys_of(kind).items() if dataclasses.is_dataclass(hints[field.name])
+    }
+    yield _table(kind, where, leave_out=groups)
+    for key, inner in groups.items():
+        yield f"`{where}.{key}`: {keys_of(kind)[key].metadata['help']}\n"
+        yield from _groups_of(inner, f"{where}.{key}")
 
 
 def _built_in(group: str) -> Iterator[str]:
